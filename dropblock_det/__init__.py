@@ -1,0 +1,1 @@
+"""DropBlock inside torchvision's detectors."""

@@ -1,0 +1,108 @@
+"""``DropBlock2d`` and the table of regularizers by name."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dropblock_det.errors import InputError
+from dropblock_det.ops.dropblock import check_arguments, drop_block2d
+
+
+class DropBlock2d(nn.Module):
+    """:func:`drop_block2d` as a layer, without parameters, buffers or state-dict keys.
+
+    Setting ``layer.p`` changes the drop probability between steps, without recompilation under
+    ``torch.compile``.
+
+    Args:
+        p: drop probability in [0, 1].
+        block_size: side of the dropped block, at least 1.
+        per_channel: one mask per channel, or one for all channels of a sample.
+        calibration: ``"paper"`` or ``"exact"``.
+
+    Raises:
+        InputError: an argument is out of range.
+    """
+
+    def __init__(
+        self, p: float = 0.1, block_size: int = 7, per_channel: bool = True, calibration: str = "paper"
+    ) -> None:
+        super().__init__()
+        check_arguments(p, block_size, calibration)
+        self.block_size = block_size
+        self.per_channel = per_channel
+        self.calibration = calibration
+        self._p = float(p)
+        # Compiled code reads this tensor only, so that it does not depend on the number. Not a buffer, which
+        # would be a key or, when not persistent, a placeholder in exported programs.
+        self._p_tensor = torch.tensor(self._p, dtype=torch.float32)
+
+    @property
+    def p(self) -> float:
+        """The drop probability."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        check_arguments(value, self.block_size, self.calibration)
+        self._p = float(value)
+        self._p_tensor.fill_(self._p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies DropBlock in training mode.
+
+        Args:
+            x: ``(N, C, H, W)``, floating point.
+
+        Returns:
+            A tensor like ``x``; in eval mode, or eagerly with ``p == 0``, ``x`` itself.
+        """
+        if not self.training or (not torch.compiler.is_compiling() and self._p == 0.0):
+            return x
+        if self._p_tensor.device != x.device:  # a layer without parameters may never have been moved
+            self._p_tensor = self._p_tensor.to(x.device)
+        return drop_block2d(x, self._p_tensor, self.block_size, True, self.per_channel, self.calibration)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DropBlock2d":
+        super()._apply(fn, recurse)
+        # Follows the device of .to() and its like; .half() and to_empty() must not change the value.
+        self._p_tensor = torch.tensor(self._p, dtype=torch.float32, device=fn(self._p_tensor).device)
+        return self
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return (
+            f"p={self.p:g}, block_size={self.block_size}, per_channel={self.per_channel},"
+            f" calibration={self.calibration!r}"
+        )
+
+
+REGULARIZERS: dict[str, Callable[..., nn.Module]] = {
+    "none": lambda p, **dropblock: nn.Identity(),
+    "dropout": lambda p, **dropblock: nn.Dropout(p),
+    "spatial_dropout": lambda p, **dropblock: nn.Dropout2d(p),
+    "dropblock": DropBlock2d,
+}
+"""Factories by name, all called as ``factory(p, block_size=..., per_channel=..., calibration=...)``."""
+
+
+def make_regularizer(
+    name: str, p: float, block_size: int = 7, per_channel: bool = True, calibration: str = "paper"
+) -> nn.Module:
+    """Builds the regularizer of a name in :data:`REGULARIZERS`.
+
+    Args:
+        name: ``none`` (the identity), ``dropout``, ``spatial_dropout`` or ``dropblock``.
+        p: drop probability in [0, 1].
+        block_size: of DropBlock; the others ignore it, like the two below.
+        per_channel: as for :class:`DropBlock2d`.
+        calibration: as for :class:`DropBlock2d`.
+
+    Raises:
+        InputError: the name is unknown or an argument is out of range.
+    """
+    if name not in REGULARIZERS:
+        raise InputError(f"regularizer must be one of {', '.join(REGULARIZERS)}, not {name!r}")
+    check_arguments(p, block_size, calibration)
+    return REGULARIZERS[name](p, block_size=block_size, per_channel=per_channel, calibration=calibration)

@@ -1,0 +1,66 @@
+"""``drop_block2d``: checks the arguments and picks the path."""
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from dropblock_det.errors import InputError
+from dropblock_det.ops import reference
+from dropblock_det.ops.reference import CALIBRATIONS
+
+
+def check_arguments(p: float, block_size: int, calibration: str) -> None:
+    """Raises :class:`InputError`, naming the argument and its value, for what no input could make right."""
+    if not isinstance(p, Real) or not 0.0 <= p <= 1.0:
+        raise InputError(f"p must be a number in [0, 1], not {p!r}")
+    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
+        raise InputError(f"block_size must be an integer of at least 1, not {block_size!r}")
+    if calibration not in CALIBRATIONS:
+        raise InputError(f"calibration must be one of {', '.join(CALIBRATIONS)}, not {calibration!r}")
+
+
+def drop_block2d(
+    x: Tensor,
+    p: float | Tensor,
+    block_size: int,
+    training: bool = True,
+    per_channel: bool = True,
+    calibration: str = "paper",
+) -> Tensor:
+    """Drops whole blocks of a feature map and scales up what is kept.
+
+    The first three arguments are those of ``torchvision.ops.drop_block2d``. Random numbers come from the
+    generator of the device of ``x``, as for ``F.dropout``.
+
+    Args:
+        x: ``(N, C, H, W)``, float16, bfloat16, float32 or float64, in any memory format, which is kept.
+        p: drop probability in [0, 1]; as a 0-dim float32 tensor on the device of ``x`` it may change from
+            call to call at no cost (no synchronization, no recompilation), and values outside are clamped.
+        block_size: side of the dropped block, at least 1, odd or even. Clipped to the map, per axis.
+        training: if False the input itself is returned, as it is when ``p`` is the number 0.
+        per_channel: one mask per channel, which the paper found better, or one for all channels of a sample.
+        calibration: ``"paper"`` (the published tables' gamma; the share dropped is lower than ``p`` because
+            blocks overlap) or ``"exact"`` (the expected share dropped is ``p``).
+
+    Returns:
+        ``x * mask / kept share`` with the shape, dtype and memory format of ``x``; zeros if all is dropped.
+
+    Raises:
+        InputError: an argument is out of range, or ``x`` is not a 4-dimensional floating-point tensor.
+
+    Source: Ghiasi, Lin and Le 2018, algorithm 1.
+    """
+    check_arguments(0.0 if isinstance(p, Tensor) else p, block_size, calibration)
+    if isinstance(p, Tensor) and (p.dim() != 0 or p.dtype != torch.float32 or p.device != x.device):
+        raise InputError(
+            f"p must be a number or a 0-dim float32 tensor on {x.device},"
+            f" not {p.dtype} of shape {tuple(p.shape)} on {p.device}"
+        )
+    if x.dim() != 4:
+        raise InputError(f"x must have 4 dimensions (N, C, H, W), not shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise InputError(f"x must be a floating-point tensor, not {x.dtype}")
+    if not training or x.numel() == 0 or (not isinstance(p, Tensor) and p == 0):
+        return x
+    return reference.drop_block2d(x, min(max(float(p), 0.0), 1.0), block_size, per_channel, calibration)

@@ -1,0 +1,111 @@
+"""The definition of DropBlock in plain PyTorch. Every fast path is tested against this file.
+
+The shapes throughout: the input is ``(N, C, H, W)``; the block is ``kh x kw`` with ``kh = min(k, H)`` and
+``kw = min(k, W)``; a seed is the top-left corner of a dropped block, so the grid of seeds is
+``(H - kh + 1) x (W - kw + 1)``: every seed has room for its whole block.
+
+Source: Ghiasi, Lin and Le, *DropBlock: A regularization method for convolutional networks*, 2018, section 3.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d, pad
+
+CALIBRATIONS = ("paper", "exact")
+
+
+def block_and_grid(height: int, width: int, block_size: int) -> tuple[int, int, int, int]:
+    """The block clipped to the map and the grid of positions where it fits: ``kh, kw, grid_h, grid_w``."""
+    kh, kw = min(block_size, height), min(block_size, width)
+    return kh, kw, height - kh + 1, width - kw + 1
+
+
+def seed_probability(p: float, block_size: int, height: int, width: int, calibration: str = "paper") -> float:
+    """The probability gamma that a position of the grid is a seed.
+
+    Args:
+        p: drop probability, in [0, 1].
+        block_size: side of the square block.
+        height: H of the map, at least 1.
+        width: W of the map, at least 1.
+        calibration: ``"paper"`` is the paper's ``p / (kh kw) * (H W) / (grid_h grid_w)``, clamped to 1;
+            blocks overlap, so the share it drops is lower than ``p``. ``"exact"`` makes that share ``p``.
+    """
+    kh, kw, grid_h, grid_w = block_and_grid(height, width, block_size)
+    if calibration == "paper":
+        return min(1.0, p / (kh * kw) * (height * width) / (grid_h * grid_w))
+    if p >= 1.0:
+        return 1.0
+    # With t = -log(1 - gamma), the expected kept share is mean(exp(-n t)), n being the number of seeds whose
+    # block covers a position. Its logarithm is convex and falls from 0, so that Newton's method started at
+    # t = 0 climbs to the root without passing it.
+    t, target = 0.0, math.log1p(-p)
+    for _ in range(100):
+        kept = slope = 0.0
+        for n, share in _cover(height, width, kh, kw).items():
+            kept += share * math.exp(-n * t)
+            slope += share * n * math.exp(-n * t)
+        step = (math.log(kept) - target) * kept / slope
+        t += step
+        if step <= 1e-12 * t:
+            break
+    return -math.expm1(-t)
+
+
+def expected_drop_share(gamma: float, block_size: int, height: int, width: int) -> float:
+    """The exact expectation of the share of elements dropped, given the seeds' probability."""
+    kh, kw, _, _ = block_and_grid(height, width, block_size)
+    return 1.0 - sum(share * (1.0 - gamma) ** n for n, share in _cover(height, width, kh, kw).items())
+
+
+def _cover(height: int, width: int, kh: int, kw: int) -> dict[int, float]:
+    """How many seeds can drop a position: ``{number of seeds: share of the map's positions}``."""
+
+    def axis(size: int, k: int) -> dict[int, int]:
+        most = min(k, size - k + 1)
+        return dict.fromkeys(range(1, most), 2) | {most: size - 2 * (most - 1)}
+
+    cover: dict[int, float] = {}
+    for nh, rows in axis(height, kh).items():
+        for nw, columns in axis(width, kw).items():
+            cover[nh * nw] = cover.get(nh * nw, 0.0) + rows * columns / (height * width)
+    return cover
+
+
+def draw_seeds(x: Tensor, gamma: float, block_size: int, per_channel: bool = True) -> Tensor:
+    """Independent Bernoulli(gamma) seeds: bool ``(N, C or 1, grid_h, grid_w)`` on the device of ``x``."""
+    n, c, h, w = x.shape
+    _, _, grid_h, grid_w = block_and_grid(h, w, block_size)
+    seeds = torch.empty(n, c if per_channel else 1, grid_h, grid_w, dtype=torch.bool, device=x.device)
+    return seeds.bernoulli_(gamma)
+
+
+def mask_from_seeds(seeds: Tensor, block_size: int, height: int, width: int) -> Tensor:
+    """The mask, True where kept: bool ``(N, C or 1, H, W)``. A seed is its block's top-left corner."""
+    kh, kw, _, _ = block_and_grid(height, width, block_size)
+    if seeds.numel() == 0:
+        return seeds.new_ones(*seeds.shape[:2], height, width)
+    dropped = pad(seeds.float(), (kw - 1, kw - 1, kh - 1, kh - 1))
+    dropped = max_pool2d(max_pool2d(dropped, (kh, 1), stride=1), (1, kw), stride=1)
+    return dropped == 0
+
+
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """``x * mask / kept share``, the share counted over the whole mask; zeros when nothing is kept.
+
+    The count is an integer and the arithmetic at least float32, whatever the dtype of ``x``: in float16 the
+    count itself would overflow above 65,504 elements. A dropped element is 0 even where ``x`` is inf or NaN.
+    """
+    scale = mask.numel() / mask.sum().clamp(min=1)
+    scaled = x * scale.double() if x.dtype == torch.float64 else (x.float() * scale).to(x.dtype)
+    return torch.where(mask, scaled, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def drop_block2d(x: Tensor, p: float, block_size: int, per_channel: bool, calibration: str) -> Tensor:
+    """DropBlock of a checked input, in training mode."""
+    height, width = x.shape[2:]
+    gamma = seed_probability(p, block_size, height, width, calibration)
+    mask = mask_from_seeds(draw_seeds(x, gamma, block_size, per_channel), block_size, height, width)
+    return apply_mask(x, mask)

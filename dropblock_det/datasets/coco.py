@@ -1,0 +1,295 @@
+"""COCO folders as a data set and a Lightning data module."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import to_dtype
+
+from dropblock_det.datasets.annotations import load_annotations
+from dropblock_det.datasets.augment import Augmentation, draw
+from dropblock_det.datasets.images import ImageCache, read_image
+from dropblock_det.datasets.sampling import TrainSampler, ValBatches
+from dropblock_det.errors import InputError
+
+Item = tuple[Tensor, dict[str, Any]]
+
+MIN_SIDE = 0.1  # pixels; smaller sides can vanish in float32 when the detector resizes
+FLIP = Augmentation()
+
+
+class CocoDataset(Dataset[Item]):
+    """The images and boxes of a COCO instances file.
+
+    An item is ``(image, target)``: the image float32 (3, H, W) in [0, 1], the target ``{"boxes": float32
+    (n, 4) as x1, y1, x2, y2 in pixels, "labels": int64 (n,) from 1, "image_id": int}``. Crowd regions are
+    left out (evaluation still has them, in :attr:`coco`), images without boxes are kept, boxes are cut to
+    the image, and boxes with a side under 0.1 pixel are left out and counted in :attr:`dropped_boxes`.
+
+    ``dataset[i]`` is the image as it is; ``dataset[i, draw_seed]`` the augmented one.
+
+    Attributes:
+        coco: pycocotools' index of the original annotations; worker processes do not get it.
+        categories: One ``{"label", "id", "name"}`` per category: labels 1..K in the order of the COCO ids.
+        ids: Image ids, in the order of the items.
+        dropped_boxes: Number of degenerate boxes left out.
+
+    Args:
+        annotations: The instances JSON.
+        images: Folder of the images.
+        augmentation: What to do to images that are asked for with a draw seed.
+        subset: Number of images, drawn with ``seed``; None for all.
+        seed: Seed of the subset.
+        cache_mb: Keep up to this many MB of decoded images in memory.
+
+    Raises:
+        InputError: Folder, file, records or images are missing or wrong.
+    """
+
+    coco: COCO
+
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        augmentation: Augmentation = FLIP,
+        subset: int | None = None,
+        seed: int = 0,
+        cache_mb: int = 0,
+    ) -> None:
+        self.folder = Path(images)
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: no such image folder; check the path")
+        self.coco = load_annotations(Path(annotations))
+        self.categories = category_table(self.coco)
+        self.ids = _choose(sorted(self.coco.imgs), subset, seed)
+        records = [self.coco.imgs[image_id] for image_id in self.ids]
+        self.files = [record["file_name"] for record in records]
+        self.sizes = np.array([(record["height"], record["width"]) for record in records])
+        for file in self.files:
+            if not os.path.isfile(self.folder / file):
+                raise InputError(f"{self.folder / file}: no such image{self._hint(file)}")
+        self._index_boxes()
+        self.pipeline = augmentation.pipeline()
+        self.cache = ImageCache(self.sizes, cache_mb) if cache_mb else None
+
+    def _hint(self, file: str) -> str:
+        for name in os.listdir(self.folder):
+            if name.lower() == file.lower():
+                return f"; the folder has {name!r}: upper and lower case differ"
+        return "; check that the folder goes with the annotations"
+
+    def _index_boxes(self) -> None:
+        # Flat arrays rather than lists of lists: forked workers share them without copying.
+        label_of = {category["id"]: category["label"] for category in self.categories}
+        per_image = [
+            [a for a in self.coco.imgToAnns.get(image_id, ()) if not a["iscrowd"]] for image_id in self.ids
+        ]
+        counts = [len(annotations) for annotations in per_image]
+        boxes = np.array([a["bbox"] for annotations in per_image for a in annotations], dtype=np.float64)
+        labels = [label_of[a["category_id"]] for annotations in per_image for a in annotations]
+        owner = np.repeat(np.arange(len(self.ids)), counts)
+        boxes = boxes.reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, np.tile(self.sizes[owner][:, ::-1], 2))
+        kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
+        self.dropped_boxes = int((~kept).sum())
+        self.boxes = torch.from_numpy(boxes[kept].astype(np.float32))
+        self.labels = torch.tensor(labels, dtype=torch.int64)[torch.from_numpy(kept)]
+        self.offsets = np.searchsorted(owner[kept], np.arange(len(self.ids) + 1))
+
+    def path(self, image_id: int) -> Path:
+        """Returns the file of an image."""
+        return self.folder / self.files[self.ids.index(image_id)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        height, width = self.sizes[index].tolist()
+        image = self.cache.get(index) if self.cache else None
+        if image is None:
+            image = read_image(self.folder / self.files[index], width, height)
+            if self.cache:
+                self.cache.put(index, image)
+        here = slice(self.offsets[index], self.offsets[index + 1])
+        boxes, labels = self.boxes[here].clone(), self.labels[here].clone()
+        if seed is not None:
+            image, boxes, labels = draw(self.pipeline, image, boxes, labels, seed)
+        image = to_dtype(image, torch.float32, scale=True)
+        return image, {"boxes": boxes, "labels": labels, "image_id": self.ids[index]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "coco"}
+
+
+def category_table(coco: COCO) -> list[dict[str, Any]]:
+    """Returns one ``{"label", "id", "name"}`` per category: labels 1..K in the order of the COCO ids."""
+    return [
+        {"label": label, "id": category["id"], "name": category["name"]}
+        for label, category in enumerate(sorted(coco.cats.values(), key=lambda c: c["id"]), start=1)
+    ]
+
+
+def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Returns (images, targets) as two lists, as torchvision's detectors take them."""
+    images, targets = zip(*items, strict=True)
+    return list(images), list(targets)
+
+
+class CocoDataModule(LightningDataModule):
+    """Training and validation images from folders in COCO's layout.
+
+    Its samplers share the images out among processes themselves: run the trainer with
+    ``use_distributed_sampler=False``.
+
+    Args:
+        root: Folder of the data set; the other paths are relative to it.
+        train_images: Folder of the training images.
+        train_annotations: Instances JSON of the training images.
+        val_images: Folder of the validation images.
+        val_annotations: Instances JSON of the validation images.
+        batch_size: Images per batch and process.
+        num_workers: Worker processes that load images, per process; 0 loads in the process itself.
+        augmentation: Augmentation of the training images.
+        train_subset: Number of training images, drawn with ``seed``; null for all.
+        val_subset: Number of validation images, drawn with ``seed``; null for all.
+        seed: Seed of the subsets, of the order of training images and of their augmentation.
+        cache_mb: Keep up to this many MB (per process) of decoded training images in memory; 0 is off.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train_images: str = "train2017",
+        train_annotations: str = "annotations/instances_train2017.json",
+        val_images: str = "val2017",
+        val_annotations: str = "annotations/instances_val2017.json",
+        batch_size: int = 8,
+        num_workers: int = 2,
+        augmentation: Augmentation = FLIP,
+        train_subset: int | None = None,
+        val_subset: int | None = None,
+        seed: int = 0,
+        cache_mb: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+            ("cache_mb", cache_mb, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name}: got {value}, give {least} or more")
+        self.root = Path(root)
+        self.train_images, self.train_annotations = self.root / train_images, self.root / train_annotations
+        self.val_images, self.val_annotations = self.root / val_images, self.root / val_annotations
+        self.batch_size, self.num_workers, self.seed, self.cache_mb = batch_size, num_workers, seed, cache_mb
+        self.augmentation = augmentation
+        self.train_subset, self.val_subset = train_subset, val_subset
+
+    @cached_property
+    def train_dataset(self) -> CocoDataset:
+        """The training images, read when first asked for."""
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: no such folder; give data.root the folder of a COCO data set")
+        dataset = CocoDataset(
+            self.train_annotations,
+            self.train_images,
+            self.augmentation,
+            subset=self.train_subset,
+            seed=self.seed,
+            cache_mb=self.cache_mb,
+        )
+        del dataset.coco  # a GB for all of COCO, and only validation needs it
+        return dataset
+
+    @cached_property
+    def val_dataset(self) -> CocoDataset:
+        """The validation images, read when first asked for."""
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: no such folder; give data.root the folder of a COCO data set")
+        return CocoDataset(self.val_annotations, self.val_images, subset=self.val_subset, seed=self.seed)
+
+    @property
+    def val_coco(self) -> COCO:
+        """The original validation annotations, for evaluation."""
+        return self.val_dataset.coco
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """One ``{"label", "id", "name"}`` per category; plain, so that it can travel in a checkpoint."""
+        return self.train_dataset.categories
+
+    def data_hash(self) -> str:
+        """Returns a SHA-256 of the annotations and of the choice of images; equal means the same data."""
+        digest = hashlib.sha256()
+        for file, dataset in (
+            (self.train_annotations, self.train_dataset),
+            (self.val_annotations, self.val_dataset),
+        ):
+            digest.update(file.read_bytes())
+            digest.update(repr(dataset.ids).encode())
+        return digest.hexdigest()
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs: for ``fit`` both parts, which must have the same categories."""
+        if stage == "fit" and self.train_dataset.categories != self.val_dataset.categories:
+            raise InputError(
+                f"{self.val_annotations}: its categories are not those of {self.train_annotations}; "
+                "both files must list the same ids and names"
+            )
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """Loads shuffled, augmented batches."""
+        rank, world_size = self._place()
+        sampler = TrainSampler(len(self.train_dataset), self.seed, rank, world_size)
+        return self._loader(self.train_dataset, sampler=sampler, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Item]:
+        """Loads every validation image exactly once over all processes."""
+        batches = ValBatches(len(self.val_dataset), self.batch_size, *self._place())
+        return self._loader(self.val_dataset, batch_sampler=batches)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, dataset: CocoDataset, **order: Any) -> DataLoader[Item]:
+        return _OneLineErrors(
+            dataset,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **order,
+        )
+
+
+class _OneLineErrors(DataLoader[Item]):
+    """Gives an InputError from a worker as it was raised; torch puts the worker's traceback before it."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except InputError as error:
+            raise InputError(str(error).strip().rpartition(f"{InputError.__name__}: ")[2]) from None
+
+
+def _choose(ids: list[int], subset: int | None, seed: int) -> list[int]:
+    if subset is None:
+        return ids
+    if not 1 <= subset <= len(ids):
+        raise InputError(f"subset: got {subset}, the data set has {len(ids)} images; give 1 to {len(ids)}")
+    chosen = np.random.default_rng(seed).choice(len(ids), subset, replace=False)
+    return [ids[index] for index in np.sort(chosen)]

@@ -1,0 +1,252 @@
+"""The embedded default: generated scenes, written in COCO's format and read by the same loader."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dropblock_det.datasets.augment import Augmentation
+from dropblock_det.datasets.coco import FLIP, CocoDataModule
+from dropblock_det.errors import InputError
+
+SIZE = 128  # pixels per side
+VERSION = 1  # of the drawing: folders of another version are written anew
+MAX_OBJECTS = 6
+SIDES = (18, 24, 32, 42, 56, 72)  # pixels
+MIN_VISIBLE = 0.5  # share of an object that later ones leave visible
+
+# One name per shape, and the colour around which its objects vary.
+CLASSES = {
+    "disk": (215, 60, 50),
+    "square": (60, 95, 215),
+    "triangle": (235, 200, 50),
+    "ring": (60, 190, 90),
+    "cross": (200, 80, 200),
+}
+COLORS = np.array(list(CLASSES.values()))
+
+# Directions with integer coordinates on the circle of radius 65: drawing needs no rounding, and every
+# machine gets the same pixels.
+RADIUS = 65
+DIRECTIONS = [
+    (s * a, t * b)
+    for x, y in ((65, 0), (63, 16), (60, 25), (56, 33), (52, 39))
+    for a, b in ((x, y), (y, x))
+    for s in (1, -1)
+    for t in (1, -1)
+]
+
+
+def shape_mask(name: str, side: int, direction: tuple[int, int]) -> np.ndarray:
+    """Draws a shape.
+
+    Args:
+        name: One of :data:`CLASSES`.
+        side: Diameter of the circle around it, in pixels.
+        direction: Where its first axis points: one of :data:`DIRECTIONS`.
+
+    Returns:
+        bool array (side, side).
+    """
+    row, column = np.mgrid[0:side, 0:side] * 2 - (side - 1)  # half pixels from the centre
+    distance = row * row + column * column
+    disk = distance <= side * side
+    a, b = direction
+    u, v = np.abs(column * a + row * b), row * a - column * b  # along the axes, times RADIUS
+    reach = side * RADIUS
+    if name == "disk":
+        return disk
+    if name == "ring":
+        return disk & (4 * distance >= side * side)
+    if name == "square":
+        return 2 * np.maximum(u, np.abs(v)) ** 2 <= reach * reach
+    if (
+        name == "triangle"
+    ):  # equilateral: tip at v = -reach, base at v = reach / 2; 4/7 is near tan(30 degrees)
+        return (2 * v <= reach) & (7 * u <= 4 * (v + reach))
+    if name == "cross":
+        return disk & (4 * np.minimum(u, np.abs(v)) <= reach)
+    raise AssertionError(name)
+
+
+def draw_background(rng: np.random.Generator) -> np.ndarray:
+    """Draws coloured clouds, thin lines in the objects' own colours, and grain: int (SIZE, SIZE, 3)."""
+    cells = 4
+    shape = (cells + 1, cells + 1)
+    corners = rng.integers(50, 190, (*shape, 1)) + rng.integers(-45, 46, (*shape, 3))
+    step = SIZE // cells
+    cell, offset = np.divmod(np.arange(SIZE), step)
+    weight = offset[:, None, None]
+    rows = corners[cell] * (step - weight) + corners[cell + 1] * weight
+    weight = offset[None, :, None]
+    pixels = (rows[:, cell] * (step - weight) + rows[:, cell + 1] * weight) // step**2
+    row, column = np.mgrid[0:SIZE, 0:SIZE]
+    for _ in range(rng.integers(2, 7)):
+        a, b = DIRECTIONS[rng.integers(len(DIRECTIONS))]
+        at_row, at_column = rng.integers(0, SIZE, 2).tolist()
+        width = int(rng.integers(1, 4))
+        line = np.abs((row - at_row) * a - (column - at_column) * b) <= width * RADIUS // 2
+        pixels[line] = COLORS[rng.integers(len(COLORS))]
+    return pixels + rng.integers(-14, 15, (SIZE, SIZE, 1))
+
+
+def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """Draws one scene.
+
+    Objects lie over one another, their colours vary around their class', one in six has another class'
+    colour, and their surface is shaded and striped. One scene in sixteen has no object.
+
+    Returns:
+        The picture, uint8 (SIZE, SIZE, 3), and per object its class' number from 0 and the bool mask
+        (SIZE, SIZE) of what is visible of it.
+    """
+    pixels = draw_background(rng)
+    objects: list[tuple[int, np.ndarray]] = []
+    wanted = 0 if rng.integers(16) == 0 else int(rng.integers(1, MAX_OBJECTS + 1))
+    for _ in range(wanted):
+        label, side = int(rng.integers(len(CLASSES))), int(rng.choice(SIDES))
+        shape = shape_mask(list(CLASSES)[label], side, DIRECTIONS[rng.integers(len(DIRECTIONS))])
+        top, left = rng.integers(0, SIZE - side + 1, 2).tolist()
+        window = (slice(top, top + side), slice(left, left + side))
+        mask = np.zeros((SIZE, SIZE), dtype=bool)
+        mask[window] = shape
+        if any((other & ~mask).sum() < MIN_VISIBLE * other.sum() for _, other in objects):
+            continue
+        color = COLORS[label if rng.integers(6) else rng.integers(len(COLORS))] + rng.integers(-35, 36, 3)
+        ramp = np.arange(side)
+        shade = 70 + 50 * ramp // side - 18 * (ramp // int(rng.integers(3, 7)) % 2)  # percent
+        surface = color * (shade[:, None, None] if rng.integers(2) else shade[None, :, None]) // 100
+        pixels[window] = np.where(shape[:, :, None], surface, pixels[window])
+        objects = [(number, other & ~mask) for number, other in objects]
+        objects.append((label, mask))
+    return np.clip(pixels, 0, 255).astype(np.uint8), objects
+
+
+def write_scenes(root: Path, train_size: int, val_size: int, seed: int) -> None:
+    """Writes the scenes to ``root``, whole or not at all; does nothing where they already are.
+
+    Raises:
+        InputError: ``root`` holds something else.
+    """
+    manifest = {"scenes": VERSION, "train": train_size, "val": val_size, "seed": seed}
+    if _manifest(root) == manifest:
+        return
+    if root.exists() and _manifest(root) is None:
+        raise InputError(
+            f"{root}: holds no generated scenes, and won't be overwritten; give another data.root"
+        )
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        for part, (name, size) in enumerate((("train", train_size), ("val", val_size))):
+            _write_part(new, name, size, (seed, part), manifest)
+        (new / "manifest.json").write_text(json.dumps(manifest))
+        if root.exists():
+            root.rename(old)
+        try:
+            new.rename(root)
+        except OSError:  # another process was faster
+            if _manifest(root) != manifest:
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest(root: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads((root / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "scenes" in content else None
+
+
+def _write_part(root: Path, name: str, size: int, seed: tuple[int, int], info: dict[str, Any]) -> None:
+    (root / name).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in range(1, size + 1):
+        pixels, objects = draw_scene(np.random.default_rng((*seed, number)))
+        file = f"{number:06d}.png"
+        Image.fromarray(pixels).save(root / name / file)
+        images.append({"id": number, "file_name": file, "width": SIZE, "height": SIZE})
+        for label, mask in objects:
+            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            top, left = int(rows[0]), int(columns[0])
+            box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": label + 1,
+                    "bbox": box,
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / f"{name}.json").write_text(json.dumps(content))
+
+
+class ScenesDataModule(CocoDataModule):
+    """Generated scenes: five shapes at several sizes, over one another, on clouds and lines.
+
+    They are written to ``root`` in COCO's format on first use.
+
+    Args:
+        root: Folder to write the scenes to.
+        train_size: Number of training scenes.
+        val_size: Number of validation scenes.
+        scenes_seed: Seed of the scenes themselves.
+        batch_size: Images per batch and process.
+        num_workers: Worker processes that load images, per process; 0 loads in the process itself.
+        augmentation: Augmentation of the training images.
+        seed: Seed of the order of training images and of their augmentation.
+        cache_mb: Keep up to this many MB (per process) of decoded training images in memory; 0 is off.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/scenes",
+        train_size: int = 512,
+        val_size: int = 128,
+        scenes_seed: int = 0,
+        batch_size: int = 8,
+        num_workers: int = 2,
+        augmentation: Augmentation = FLIP,
+        seed: int = 0,
+        cache_mb: int = 0,
+    ) -> None:
+        super().__init__(
+            root,
+            train_images="train",
+            train_annotations="annotations/train.json",
+            val_images="val",
+            val_annotations="annotations/val.json",
+            batch_size=batch_size,
+            num_workers=num_workers,
+            augmentation=augmentation,
+            seed=seed,
+            cache_mb=cache_mb,
+        )
+        for name, value, least in (
+            ("train_size", train_size, 1),
+            ("val_size", val_size, 1),
+            ("scenes_seed", scenes_seed, 0),
+        ):
+            if value < least:
+                raise InputError(f"data.{name}: got {value}, give {least} or more")
+        self.train_size, self.val_size, self.scenes_seed = train_size, val_size, scenes_seed
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """One ``{"label", "id", "name"}`` per shape; known before the scenes are written."""
+        return [{"label": number, "id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
+
+    def prepare_data(self) -> None:
+        """Writes the scenes where they are not there yet."""
+        write_scenes(self.root, self.train_size, self.val_size, self.scenes_seed)

@@ -5,11 +5,41 @@ import html
 import json
 from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
 from string import Template
 from typing import Any
 
-from dropblock_det.records import REFERENCE, Comparison
-from dropblock_det.report import FIGURES, Report, Row, cell, interval, verdict
+from dropblock_det.records import REFERENCE, Comparison, read_comparison, write_json, write_text
+from dropblock_det.report import (
+    FIGURES,
+    Report,
+    Row,
+    build_report,
+    cell,
+    interval,
+    to_csv,
+    to_markdown,
+    verdict,
+)
+
+
+def write_report(root: Path, output: Path) -> Report:
+    """Rebuilds the report of the comparison in ``root`` from its records alone.
+
+    Writes ``report.html``, ``report.md``, ``report.csv`` (the unrounded table) and ``report.json`` (the
+    table and every epoch of every run).
+
+    Raises:
+        InputError: ``root`` is not a comparison's folder, or a record is damaged.
+    """
+    runs = read_comparison(root)
+    report = build_report(runs)
+    write_text(output / "report.html", render_page(runs, report))
+    write_text(output / "report.md", to_markdown(report))
+    write_text(output / "report.csv", to_csv(report))
+    records = [record.to_dict() | {"detections": None} for record in runs.records]
+    write_json(output / "report.json", report.to_dict() | {"records": records})
+    return report
 
 
 def render_page(runs: Comparison, report: Report) -> str:
@@ -130,7 +160,7 @@ def _data(runs: Comparison, report: Report) -> dict[str, Any]:
     for record in runs.records:
         curves.setdefault(record.setting, {})[str(record.seed)] = [asdict(epoch) for epoch in record.epochs]
         detections.setdefault(record.setting, {})[str(record.seed)] = {
-            str(shown["image_id"]): shown["detections"] for shown in record.detections
+            str(shown["image_id"]): [_rounded(d) for d in shown["detections"]] for shown in record.detections
         }
     return {
         "reference": REFERENCE,
@@ -151,3 +181,9 @@ def _data(runs: Comparison, report: Report) -> dict[str, Any]:
 def _thumbnail(runs: Comparison, image_id: str) -> str | None:
     path = runs.root / "images" / f"{image_id}.jpg"
     return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else None
+
+
+def _rounded(detection: dict[str, Any]) -> dict[str, Any]:
+    """To what a thumbnail can show; it keeps the page small."""
+    box = [round(v, 1) for v in detection["bbox"]]
+    return {"bbox": box, "category": detection["category"], "score": round(detection["score"], 3)}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dropblock_det.datasets.download import Network
 from dropblock_det.datasets.manifest import Manifest, read_manifest
-from dropblock_det.datasets.prepare import MANIFEST, annotations_file, prepare, verify
+from dropblock_det.datasets.prepare import MANIFEST, annotations_file, disk_errors, prepare, verify
 from dropblock_det.datasets.subset import Options
 from dropblock_det.datasets.summary import SIZES, Summary, plot, summarize
 from dropblock_det.errors import InputError, run_tool
@@ -76,7 +76,10 @@ def show(console: Console, out: Path, manifest: Manifest) -> None:
         short = [f"{name} ({n})" for name, n in summaries["train"].images_with.items() if n < least]
         if short:
             console.print(f"fewer than {least} train images with: {', '.join(short)}")
-    plot(summaries, out / "classes.png")
+    with disk_errors(out):
+        written = out / ".classes.partial"
+        written.write_bytes(plot(summaries))
+        written.replace(out / "classes.png")
     console.print(f"class distribution: {out / 'classes.png'}")
 
 

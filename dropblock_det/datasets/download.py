@@ -100,7 +100,8 @@ class FetchError(Exception):
     """
 
     def __init__(self, reason: str, retry: bool = True, wait: float = 0.0) -> None:
-        super().__init__(reason)
+        # Some reasons quote the server: one printable line, whatever it sent.
+        super().__init__("".join(c if c.isprintable() else " " for c in reason)[:200])
         self.retry, self.wait = retry, wait
 
 
@@ -205,7 +206,13 @@ class Downloader:
                     raise FetchError("it sent another part than asked")
             else:
                 _expect(response, 200)
-                file.truncate(0)
+                start = 0
+            # The log-in page of a network on the way comes with status 200 too.
+            if response.headers.get("Content-Type", "").startswith("text/"):
+                raise FetchError("the server sent a web page")
+            if response.length not in (None, size - start):
+                raise FetchError(f"the server offers {response.length} bytes where {size - start} are due")
+            file.truncate(start)
             for chunk in self._chunks(response):
                 if file.seek(0, 2) + len(chunk) > size:
                     file.truncate(0)

@@ -76,7 +76,7 @@ def prepare(
         InputError: It can't be made; one line that says what to do. What is there already stays.
     """
     network = network or Network()
-    with _disk_errors(out), _sole_use(out) as work, Downloader(network) as downloader:
+    with disk_errors(out), _sole_use(out) as work, Downloader(network) as downloader:
         manifest = wanted if isinstance(wanted, Manifest) else None
         options = wanted if isinstance(wanted, Options) else wanted.options
         if (out / MANIFEST).exists():
@@ -109,7 +109,7 @@ def verify(out: Path, manifest: Manifest) -> list[str]:
         One line for each file that is missing, altered or too many; empty when it is the very same subset.
     """
     problems = []
-    with _disk_errors(out):
+    with disk_errors(out):
         for split, part in manifest.parts.items():
             expected = {annotations_file(split): part.json_sha256}
             expected |= {f"{split}2017/{image.file_name}": image.sha256.hex() for image in part.images}
@@ -124,20 +124,22 @@ def verify(out: Path, manifest: Manifest) -> list[str]:
 
 def check_image(data: bytes, image: Image) -> None:
     """Raises ValueError, with the reason, unless ``data`` is a JPEG or PNG of the size the JSON says."""
+    wanted = image.width, image.height
     try:
         with PIL.Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as decoded:
-            if decoded.size != (image.width, image.height):
-                width, height = decoded.size
-                raise ValueError(f"it is {width}x{height}, the annotations say {image.width}x{image.height}")
-            decoded.load()
+            size = decoded.size
+            if size == wanted:
+                decoded.load()
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"these {len(data)} bytes are no JPEG or PNG image") from error
     except Exception as error:  # hostile bytes raise nearly anything: SyntaxError, struct.error, OSError, ...
         raise ValueError(f"it does not decode: {error}") from error
+    if size != wanted:
+        raise ValueError(f"it has {size[0]}x{size[1]} pixels, the annotations say {wanted[0]}x{wanted[1]}")
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
     """What the disk refuses is the user's to solve: one line."""
     try:
         yield

@@ -12,6 +12,7 @@ import tempfile
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -288,11 +289,11 @@ def extract(
             if _integer(entry, "image_id", name) in wanted and entry.get("category_id") in categories:
                 annotations.add(_integer(entry, "id", name), entry)
         elif key == "images":
-            if entry["id"] in wanted:
+            if _integer(entry, "id", name) in wanted:
                 images.append(_checked_image(entry, name))
                 image_records.add(entry["id"], entry)
         elif key == "categories":
-            if entry["id"] in categories:
+            if _integer(entry, "id", name) in categories:
                 lists[key].append(entry)
         elif key == "licenses":
             lists[key].append(entry)
@@ -302,6 +303,9 @@ def extract(
         missing = min(wanted - {image.id for image in images})
         raise InputError(f"{name}: has no image with id {missing}; is it from another COCO?")
     images.sort(key=lambda image: image.id)
+    for one, other in pairwise(images):
+        if one.id == other.id:
+            raise InputError(f"{name}: image id {one.id} appears twice")
     names = {image.file_name.lower(): image for image in images}  # some file systems ignore case
     if len(names) < len(images):
         double = next(image for image in images if names[image.file_name.lower()] is not image)

@@ -1,5 +1,6 @@
 """What a subset holds: counts per category and size class, and a plot of them."""
 
+import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,12 +70,14 @@ def _size_class(area: float) -> str:
     return "small" if area < 32**2 else "medium" if area < 96**2 else "large"
 
 
-def plot(summaries: Mapping[str, Summary], path: Path) -> None:
-    """Draws the number of boxes of each category, one panel for each split; writes a PNG.
+def plot(summaries: Mapping[str, Summary]) -> bytes:
+    """Draws the number of boxes of each category, one panel for each split.
 
     Args:
         summaries: By split name; the categories are ordered by the first one's counts.
-        path: File to write.
+
+    Returns:
+        A PNG; the same bytes for the same counts.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -96,4 +99,6 @@ def plot(summaries: Mapping[str, Summary], path: Path) -> None:
         axes.set_xlabel("boxes", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    return picture.getvalue()

@@ -251,6 +251,11 @@ class Runner:
             self.root, record_from_run(folder, run.setting, run.seed, config=config, failure=failure)
         )
         write_json(folder / RECORD_NAME, record.to_dict())
+        if record.finished:
+            for checkpoint in folder.glob(
+                "checkpoints/last-*.ckpt"
+            ):  # only for resuming; hundreds of MB each
+                checkpoint.unlink()
         return record
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:

@@ -268,6 +268,53 @@ def test_a_training_that_outlives_its_comparison_is_waited_for(tmp_path):
     assert read_comparison(tmp_path / "runs").absent == ()
 
 
+@pytest.mark.slow
+def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
+    """As above, through the tool and with the real RetinaNet; equal to the last digit, on the CPU."""
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    for name in ("none", "dropblock_bs3_kp0.9"):
+        source = ROOT / "configs/settings" / f"{name}.yaml"
+        (settings / source.name).write_text(source.read_text())
+    tiny = [
+        *(
+            f"--data.root={tmp_path}/scenes",
+            "--data.train_size=8",
+            "--data.val_size=4",
+            "--data.batch_size=4",
+        ),
+        *("--data.num_workers=1", "--model.min_size=64", "--model.max_size=64", "--trainer.max_epochs=4"),
+        *("--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"),
+    ]
+
+    def start(root: Path) -> subprocess.Popen:
+        arguments = ["run", str(ROOT / "configs/quickstart.yaml"), "--runs", str(root)]
+        arguments += ["--settings", str(settings), "--seeds", "0", "--", *tiny]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*COMPARE, *arguments], start_new_session=True, env=environment)
+
+    begin = time.monotonic()
+    assert start(tmp_path / "calm").wait(400) == 0
+    whole = time.monotonic() - begin
+    moment = random.Random()
+    moments = sorted(moment.uniform(0.05, 0.45) * whole for _ in range(5))
+    moment.shuffle(moments)
+    for seconds in moments:
+        process = start(tmp_path / "killed")
+        time.sleep(seconds)
+        assert process.poll() is None, "it finished before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "killed").wait(600) == 0
+    calm = figures(tmp_path / "calm")
+    assert [len(epochs) for epochs in calm.values()] == [4, 4]
+    assert figures(tmp_path / "killed") == calm, f"killed after {moments} s"
+    inits = [
+        {r.seed: r.init_hash for r in read_comparison(tmp_path / name).records} for name in ("calm", "killed")
+    ]
+    assert inits[0] == inits[1]
+
+
 def test_ctrl_c_ends_the_training_and_writes_no_record(tmp_path):
     configs(tmp_path, slow={"sleep": 30})
     process = driver(tmp_path)

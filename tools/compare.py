@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from dropblock_det.comparison import Run, Runner, epochs_done, make_plan, record_plan
 from dropblock_det.errors import InputError, run_tool
@@ -108,8 +109,14 @@ def run(options: argparse.Namespace) -> None:
 
 def report(runs: Path, output: Path) -> None:
     result = write_report(runs, output)
-    for name in ("val_loss", "mAP", "AP50", "AP75"):
-        console.print(f"• {result.answers[name]}", markup=False, highlight=False)
+    names = ("loss", "val_loss", "mAP", "AP50", "AP75")
+    table = Table("setting", "seeds", *names)
+    for row in result.rows:
+        figures = (cell(name, row.figures[name].mean, row.figures[name].sd) for name in names)
+        table.add_row(row.setting, str(len(row.finished)), *figures)
+    console.print(table)
+    for name in ("val_loss", "mAP"):
+        console.print(result.answers[name], markup=False, highlight=False)
     for absent in result.absent:
         line = f"{absent.status}: {absent.setting} seed {absent.seed}: {absent.reason}"
         console.print(line, markup=False, highlight=False, style="red")

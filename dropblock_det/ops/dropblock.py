@@ -1,13 +1,23 @@
 """``drop_block2d``: checks the arguments and picks the path."""
 
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
 from numbers import Real
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dropblock_det.errors import InputError
-from dropblock_det.ops import reference
+from dropblock_det.ops import cpu, reference
 from dropblock_det.ops.reference import CALIBRATIONS
+
+PATHS = ("reference", "cpu", "cuda")
+FORCED_PATH = os.environ.get("DROPBLOCK_DET_PATH")  # for debugging; read once, when first imported
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def check_arguments(p: float, block_size: int, calibration: str) -> None:
@@ -63,4 +73,43 @@ def drop_block2d(
         raise InputError(f"x must be a floating-point tensor, not {x.dtype}")
     if not training or x.numel() == 0 or (not isinstance(p, Tensor) and p == 0):
         return x
-    return reference.drop_block2d(x, min(max(float(p), 0.0), 1.0), block_size, per_channel, calibration)
+    path = _path(x)
+    if path is reference:
+        return reference.drop_block2d(x, min(max(float(p), 0.0), 1.0), block_size, per_channel, calibration)
+    if not isinstance(p, Tensor):
+        p = torch.full((), p, dtype=torch.float32, device=x.device)
+    mask, kept = path.draw(x, p, block_size, per_channel, calibration)
+    return _Apply.apply(x, mask, kept, path.apply)
+
+
+class _Apply(torch.autograd.Function):
+    """``x * mask / kept share``: linear in ``x`` and its own derivative, forward, backward and again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor, kept: Tensor, apply: Callable[..., Tensor]) -> Tensor:
+        return apply(x, mask, kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mask, kept, ctx.apply = inputs
+        ctx.save_for_backward(mask, kept)
+        ctx.save_for_forward(mask, kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Apply.apply(grad, *ctx.saved_tensors, ctx.apply), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Apply.apply(tangent, *ctx.saved_tensors, ctx.apply)
+
+
+def _path(x: Tensor) -> ModuleType:
+    if FORCED_PATH is not None and FORCED_PATH not in PATHS:
+        raise InputError(f"DROPBLOCK_DET_PATH must be one of {', '.join(PATHS)}, not {FORCED_PATH!r}")
+    name = FORCED_PATH or x.device.type
+    if name == "cuda" and HAS_TRITON:
+        return importlib.import_module("dropblock_det.ops.cuda")  # only here: triton is slow to import
+    return cpu if name == "cpu" else reference

@@ -95,12 +95,12 @@ def mask_from_seeds(seeds: Tensor, block_size: int, height: int, width: int) -> 
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     """``x * mask / kept share``, the share counted over the whole mask; zeros when nothing is kept.
 
-    The count is an integer and the arithmetic at least float32, whatever the dtype of ``x``: in float16 the
-    count itself would overflow above 65,504 elements. A dropped element is 0 even where ``x`` is inf or NaN.
+    The count is an integer and the scale at least float32, whatever the dtype of ``x``: in float16 the count
+    would overflow above 65,504 elements.
     """
-    scale = mask.numel() / mask.sum().clamp(min=1)
-    scaled = x * scale.double() if x.dtype == torch.float64 else (x.float() * scale).to(x.dtype)
-    return torch.where(mask, scaled, torch.zeros((), dtype=x.dtype, device=x.device))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = mask.numel() / mask.sum().clamp(min=1).to(wide)
+    return (x.to(wide) * mask * scale).to(x.dtype)
 
 
 def drop_block2d(x: Tensor, p: float, block_size: int, per_channel: bool, calibration: str) -> Tensor:

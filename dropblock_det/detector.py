@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_weight
 from torchvision.models.detection import RetinaNet, RetinaNet_ResNet50_FPN_Weights
@@ -22,6 +21,7 @@ def build_retinanet(
     *,
     weights: str | None = None,
     weights_backbone: str | None = None,
+    load_weights: bool = True,
     trainable_stages: int = 5,
     norm: Literal["batch", "frozen"] = "batch",
     anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
@@ -38,6 +38,7 @@ def build_retinanet(
             layer are matched by category name, so any subset of COCO's categories keeps its scores;
             rows of names that COCO does not have stay at their initialization.
         weights_backbone: ``"ResNet50_Weights.IMAGENET1K_V1"`` or another member, or None.
+        load_weights: False builds the same model without fetching the named weights: a checkpoint follows.
         trainable_stages: How many of the five backbone stages train, counted from the last; 0 to 5.
         norm: ``"batch"`` (BatchNorm that trains) or ``"frozen"`` (FrozenBatchNorm2d, needs weights).
         anchor_sizes: Five base sizes in pixels, P3 to P7; each is used at octaves 0, 1/3 and 2/3.
@@ -66,7 +67,7 @@ def build_retinanet(
 
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50",
-        weights=None if detector_weights else backbone_weights,
+        weights=backbone_weights if load_weights and detector_weights is None else None,
         norm_layer=NORMS[norm],
         trainable_layers=trainable_stages,
         returned_layers=[2, 3, 4],  # P2 is left out: too many anchors (RetinaNet paper, section 4)
@@ -75,8 +76,12 @@ def build_retinanet(
     octaves = tuple(tuple(int(size * 2 ** (octave / 3)) for octave in range(3)) for size in anchor_sizes)
     anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * len(octaves))
     model = RetinaNet(backbone, len(category_names) + 1, anchor_generator=anchors, **retinanet_arguments)
-    if detector_weights is not None:
+    if detector_weights is not None and load_weights:
         _load_published(model, detector_weights, category_names)
+    if detector_weights == RetinaNet_ResNet50_FPN_Weights.COCO_V1:
+        for module in model.modules():  # these weights were trained with eps 0, as torchvision's builder says
+            if isinstance(module, FrozenBatchNorm2d):
+                module.eps = 0.0
     return model
 
 
@@ -141,7 +146,3 @@ def _load_published(model: RetinaNet, weights: WeightsEnum, category_names: Sequ
     # A trainable BatchNorm counts batches; the published FrozenBatchNorm weights have no such count.
     counts = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     model.load_state_dict({**counts, **state})
-    if weights == RetinaNet_ResNet50_FPN_Weights.COCO_V1:
-        for module in model.modules():  # these weights were trained with eps 0, as torchvision's builder says
-            if isinstance(module, FrozenBatchNorm2d):
-                module.eps = 0.0

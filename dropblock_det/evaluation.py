@@ -43,7 +43,8 @@ def detections_to_coco(
         categories: The ``{"label", "id", "name"}`` table that the model was trained with.
 
     Returns:
-        ``{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`` per detection, in order.
+        ``{"image_id", "category_id", "bbox": [x, y, width, height], "score"}`` per detection, in order;
+        those of label 0, the background that torchvision's detectors have a score for, are left out.
 
     Raises:
         InputError: A box or score isn't finite.
@@ -61,7 +62,10 @@ def detections_to_coco(
         for box, score, label in zip(
             boxes.tolist(), scores.tolist(), detection["labels"].tolist(), strict=True
         ):
-            results.append({"image_id": image_id, "category_id": id_of[label], "bbox": box, "score": score})
+            if label:
+                results.append(
+                    {"image_id": image_id, "category_id": id_of[label], "bbox": box, "score": score}
+                )
     return results
 
 

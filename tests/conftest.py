@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_run import arguments, start
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +18,23 @@ def real_coco() -> Path:
     if not folder:
         pytest.skip("set DROPBLOCK_DET_COCO to a COCO folder to run on real images")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny trainings write their scenes."""
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+@pytest.fixture(scope="session")
+def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny training, made once, in its own process as a user's."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    process = start(arguments(scenes, folder), stdout=subprocess.PIPE, text=True)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    (folder / "stdout.txt").write_text(output)
+    return folder
 
 
 @pytest.fixture

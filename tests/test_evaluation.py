@@ -32,6 +32,12 @@ def pycocotools_figures(annotations, results, image_ids=None):
     return evaluation.stats
 
 
+def test_background_is_no_detection():
+    found = {"boxes": torch.tensor([[0.0, 0, 4, 4]] * 3), "scores": torch.tensor([0.9, 0.8, 0.7])}
+    results = detections_to_coco([7], [{**found, "labels": torch.tensor([0, 2, 1])}], CATEGORIES)
+    assert [(result["category_id"], round(result["score"], 3)) for result in results] == [(18, 0.8), (2, 0.7)]
+
+
 def noisy(coco, seed, keep=0.8):
     """Detections made from the truth: shifted, some missing, some of another category, some invented."""
     rng = np.random.default_rng(seed)

@@ -243,6 +243,17 @@ class CocoDataModule(LightningDataModule):
             digest.update(repr(dataset.ids).encode())
         return digest.hexdigest()
 
+    def validation_arguments(self) -> dict[str, Any]:
+        """Returns this class's arguments that give the same validation images; plain, for a checkpoint."""
+        return {
+            "root": str(self.root),
+            "val_images": os.path.relpath(self.val_images, self.root),
+            "val_annotations": os.path.relpath(self.val_annotations, self.root),
+            "val_subset": self.val_subset,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
     def setup(self, stage: str) -> None:
         """Reads what the stage needs: for ``fit`` both parts, which must have the same categories."""
         if stage == "fit" and self.train_dataset.categories != self.val_dataset.categories:

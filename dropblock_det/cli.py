@@ -1,0 +1,188 @@
+"""Train and evaluate as commands: LightningCLI, a run's folder, and the table at the end."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+
+from dropblock_det.callbacks import Regularize
+from dropblock_det.datasets.coco import CocoDataModule
+from dropblock_det.errors import InputError
+from dropblock_det.evaluation import FIGURES
+from dropblock_det.runs import (
+    AtomicCheckpointIO,
+    RunRecord,
+    check_same_config,
+    checkpoint_callbacks,
+    load_checkpoint,
+    newest_checkpoint,
+    read_summary,
+    write_json,
+    write_text,
+)
+from dropblock_det.training import RetinaNetModule
+
+
+class DetectionCLI(LightningCLI):
+    """``tools/train.py``: settings from YAML files and the command line, all results under ``--output``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``--output`` and ``--regularize.*``, and lets the data say which categories there are."""
+        parser.add_argument("--output", type=str, default="runs/quickstart", help="The run's folder.")
+        parser.add_lightning_class_args(Regularize, "regularize")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("data.categories", "model.categories", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; a fault is one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            raise InputError(f"{' '.join(str(error).split())}; --help lists the settings") from None
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return Path(self.config["output"])
+
+    def before_instantiate_classes(self) -> None:
+        """Finds what an earlier start left in the run's folder, and refuses to mix settings."""
+        self.resume_from = newest_checkpoint(self.output)
+        if self.resume_from is not None:
+            check_same_config(self.output, resolved_config(self.parser, self.config))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds what every run has: loggers, checkpoints, the record and a progress bar."""
+        callbacks: list[Callback] = [RunRecord(self.output), *checkpoint_callbacks(self.output)]
+        if self.config["trainer"]["enable_progress_bar"] is not False:
+            callbacks.append(RichProgressBar())
+        self.trainer_defaults["callbacks"] = callbacks
+        board = TensorBoardLogger(self.output, name="logs")
+        return super().instantiate_trainer(
+            logger=[board, CSVLogger(self.output, name="logs", version=board.version)],
+            default_root_dir=self.output,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,  # the data module's samplers know their rank
+            **kwargs,
+        )
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved ``config.yaml`` into the run's folder."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called on the first process only."""
+        folder = Path(self.config["output"])
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(resolved_config(self.parser, self.config), sort_keys=False)
+        write_text(folder / "config.yaml", text)
+
+
+def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """Returns every setting as plain data, as ``config.yaml`` holds it."""
+    resolved: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
+    return resolved
+
+
+def train(default_config: Path, args: list[str] | None = None) -> None:
+    """Trains, or goes on with, the run that the arguments describe, and prints what came of it.
+
+    Args:
+        default_config: The YAML file that stands in where no ``--config`` is given.
+        args: Command-line arguments; by default the process's own.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not any(arg.split("=")[0] in ("-c", "--config") for arg in args):
+        args = ["--config", str(default_config), *args]
+    sys.argv[1:] = args  # Lightning's launcher starts the other processes with these
+    cli = DetectionCLI(
+        RetinaNetModule,
+        CocoDataModule,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"exit_on_error": False, "description": "Trains a detector; see configs/."},
+        run=False,
+    )
+    if cli.resume_from is None or not read_summary(cli.output)["finished"]:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    if cli.trainer.is_global_zero and not cli.trainer.interrupted:
+        print_result(cli.output)
+
+
+def print_result(folder: Path) -> None:
+    """Prints the best and the last epoch of a run, its files, and how to evaluate it."""
+    epochs = read_summary(folder)["epochs"]
+    columns = ("loss", "val_loss", "mAP", "AP50", "AP75")
+    table = Table(title=str(folder))
+    for column in ("epoch", *columns):
+        table.add_column(column, justify="right")
+    best = max(epochs, key=lambda epoch: epoch["mAP"] or 0.0)
+    for name, epoch in (("best", best), ("last", epochs[-1])):
+        values = ("-" if epoch[column] is None else f"{epoch[column]:.4f}" for column in columns)
+        table.add_row(f"{name} ({epoch['epoch'] + 1})", *values)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"pictures    {folder}/detections.png, {folder}/curves.png")
+    console.print(f"checkpoint  {folder}/checkpoints/best.ckpt")
+    console.print(f"evaluate    python tools/evaluate.py {folder}/checkpoints/best.ckpt")
+
+
+def evaluate(
+    checkpoint: Path, data: dict[str, Any], results: Path | None, trainer_arguments: dict[str, Any]
+) -> dict[str, float]:
+    """Evaluates a checkpoint on validation images; gives the twelve COCO figures and ``val_loss``.
+
+    Args:
+        checkpoint: A file that :func:`train` wrote.
+        data: Arguments of :class:`CocoDataModule` that replace those of the training.
+        results: Where to write the detections as standard COCO results JSON, or None.
+        trainer_arguments: Passed to Lightning's ``Trainer``.
+
+    Raises:
+        InputError: A checkpoint that is not ours, one with other categories than the data, or no folder for
+            ``results``.
+    """
+    if results is not None and not results.parent.is_dir():
+        raise InputError(f"{results}: its folder does not exist; make it or give another --results")
+    content = load_checkpoint(checkpoint)
+    datamodule = CocoDataModule(**{**content["validation_data"], **data}, num_workers=0)
+    known, found = content["hyper_parameters"]["categories"], datamodule.val_dataset.categories
+    if found != known:
+        raise InputError(
+            f"{checkpoint}: trained on {_categories(known)}, but {datamodule.val_annotations} has "
+            f"{_categories(found)}; give --data with the categories of the training"
+        )
+    module = RetinaNetModule.from_checkpoint(content)
+    trainer = Trainer(
+        logger=False, callbacks=[RichProgressBar()], use_distributed_sampler=False, **trainer_arguments
+    )
+    trainer.validate(module, datamodule, verbose=False)
+    figures = {name: float(trainer.callback_metrics[name]) for name in (*FIGURES, "val_loss")}
+    if not trainer.is_global_zero:
+        return figures
+    if results is not None:
+        write_json(results, module.detections)
+    table = Table(title=str(checkpoint))
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    return figures
+
+
+def _categories(categories: list[dict[str, Any]]) -> str:
+    names = [category["name"] for category in categories]
+    return f"{len(names)} categories ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -1,0 +1,32 @@
+"""A training small enough for a test, started as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from dropblock_det import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def arguments(scenes, output, *more):
+    """A training of four steps that shows everything a long one does."""
+    return [
+        *(f"--output={output}", f"--data.root={scenes}", "--data.train_size=8", "--data.val_size=5"),
+        *("--data.batch_size=4", "--data.num_workers=0", "--model.min_size=64", "--model.max_size=64"),
+        *("--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+        *("--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false"),
+        "--model.score_thresh=0.005",  # so low that there are detections after four steps
+        *more,
+    ]
+
+
+def train(args, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli.train(ROOT / "configs" / "quickstart.yaml", args)
+
+
+def start(args, **kwargs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, ROOT / "tools" / "train.py", *args], env=environment, **kwargs)

@@ -21,13 +21,14 @@ from dropblock_det.report import (
     to_markdown,
     verdict,
 )
+from dropblock_det.report_figure import report_figure, save_figure
 
 
 def write_report(root: Path, output: Path) -> Report:
     """Rebuilds the report of the comparison in ``root`` from its records alone.
 
-    Writes ``report.html``, ``report.md``, ``report.csv`` (the unrounded table) and ``report.json`` (the
-    table and every epoch of every run).
+    Writes ``report.html``, ``report.md``, ``report.png`` (for a README), ``report.csv`` (the unrounded table)
+    and ``report.json`` (the table and every epoch of every run).
 
     Raises:
         InputError: ``root`` is not a comparison's folder, or a record is damaged.
@@ -35,7 +36,8 @@ def write_report(root: Path, output: Path) -> Report:
     runs = read_comparison(root)
     report = build_report(runs)
     write_text(output / "report.html", render_page(runs, report))
-    write_text(output / "report.md", to_markdown(report))
+    write_text(output / "report.md", to_markdown(report) + "\n![curves and differences](report.png)\n")
+    save_figure(report_figure(runs, report), output / "report.png")
     write_text(output / "report.csv", to_csv(report))
     records = [record.to_dict() | {"detections": None} for record in runs.records]
     write_json(output / "report.json", report.to_dict() | {"records": records})

@@ -366,6 +366,6 @@ def test_report_is_rebuilt_from_records_alone(tmp_path):
     assert time.monotonic() - begin < 30
     assert "val_loss: " in result.stdout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"report.html", "report.md", "report.csv", "report.json"} <= written
+    assert {"report.html", "report.md", "report.csv", "report.json", "report.png"} == written
     assert len(read_json(tmp_path / "out/report.json")["records"]) == 6
     json.loads((tmp_path / "out/report.json").read_text(), parse_constant=lambda name: pytest.fail(name))

@@ -23,6 +23,7 @@ from dropblock_det.report import (
     to_markdown,
     verdict,
 )
+from dropblock_det.report_figure import report_figure, save_figure
 from dropblock_det.report_page import render_page
 
 
@@ -227,6 +228,22 @@ def test_csv_holds_the_unrounded_numbers(tmp_path):
 def test_json_is_strict(tmp_path):
     _, report = report_of(tmp_path)
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["base"] == "quickstart"
+
+
+def test_the_picture_is_drawn_even_of_nothing(tmp_path):
+    runs, report = report_of(tmp_path / "full", settings=("none", "dropout"))
+    figure = report_figure(runs, report)
+    curves, differences = figure.axes[0], figure.axes[1]
+    assert [line.get_label() for line in curves.get_lines()] == ["none", "dropout"]
+    low, high = (
+        report.rows[1].figures["val_loss"].difference.low,
+        report.rows[1].figures["val_loss"].difference.high,
+    )
+    assert list(differences.get_lines()[0].get_xdata()) == [low, high]
+    write_json(tmp_path / "empty/plan.json", {"settings": {"none": {}, "x": {}}, "seeds": [0]})
+    runs = read_comparison(tmp_path / "empty")
+    save_figure(report_figure(runs, build_report(runs)), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 
 # --- the page ----------------------------------------------------------------------------------

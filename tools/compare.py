@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dropblock_det.comparison import Run, Runner, epochs_done, make_plan, record_plan
 from dropblock_det.errors import InputError, run_tool
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
 def report(runs: Path, output: Path) -> None:
     result = write_report(runs, output)
     names = ("loss", "val_loss", "mAP", "AP50", "AP75")
-    table = Table("setting", "seeds", *names)
+    table = Table(Column("setting", no_wrap=True), "seeds", *names)
     for row in result.rows:
         figures = (cell(name, row.figures[name].mean, row.figures[name].sd) for name in names)
         table.add_row(row.setting, str(len(row.finished)), *figures)

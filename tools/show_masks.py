@@ -88,7 +88,7 @@ def draw(image: Tensor, p: float, block_sizes: list[int], seed: int) -> Figure:
         "Dropout takes single elements; their neighbours still tell what was there.\n"
         "SpatialDropout takes whole channels, all or nothing.\n"
         "DropBlock takes contiguous regions: a whole part of an object is gone,\n"
-        "and the network must recognize it by the rest.",
+        'and the network must recognize it by the rest. (calibration="exact": p on average.)',
         va="center",
         fontsize=11,
         linespacing=1.5,

@@ -106,7 +106,7 @@ function curve(setting, name) {
   for (const epochs of Object.values(data.curves[setting] ?? {}))
     for (const e of epochs) if (e[name] !== null) byEpoch.set(e.epoch, [...(byEpoch.get(e.epoch) ?? []), e[name]]);
   return [...byEpoch].sort((a, b) => a[0] - b[0]).map(([epoch, values]) => ({
-    epoch, mean: values.reduce((a, b) => a + b) / values.length, low: Math.min(...values), high: Math.max(...values) }));
+    epoch: epoch + 1, mean: values.reduce((a, b) => a + b) / values.length, low: Math.min(...values), high: Math.max(...values) }));
 }
 
 function lineChart(title, lines, domain) {

@@ -83,7 +83,11 @@ def drop_block2d(
 
 
 class _Apply(torch.autograd.Function):
-    """``x * mask / kept share``: linear in ``x`` and its own derivative, forward, backward and again."""
+    """``x * mask / kept share``: linear in ``x``, so it is its own backward, any number of times.
+
+    An autograd function, not an operator with registered autograd, because that one gives no gradient to
+    ``torch.func`` and lets forward-mode differentiation lose the tangent in silence; here it raises.
+    """
 
     generate_vmap_rule = True
 
@@ -95,15 +99,10 @@ class _Apply(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, mask, kept, ctx.apply = inputs
         ctx.save_for_backward(mask, kept)
-        ctx.save_for_forward(mask, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _Apply.apply(grad, *ctx.saved_tensors, ctx.apply), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Apply.apply(tangent, *ctx.saved_tensors, ctx.apply)
 
 
 def _path(x: Tensor) -> ModuleType:

@@ -31,7 +31,8 @@ def regularize_(
     Args:
         model: A torchvision model, or any module that holds one (a LightningModule, a DDP wrapper).
         make: Called once per site, returns a new regularizer: ``lambda: DropBlock2d(p=0.1, block_size=7)``,
-            or any module without parameters or buffers that maps a tensor to one of its shape.
+            or any module without parameters or buffers that maps a tensor to one of its shape; called in
+            training mode only.
         at: A preset, a dotted pattern, a filter or a list of these, see
             :func:`~dropblock_det.placement.find_sites`.
 
@@ -140,8 +141,9 @@ class Regularized(nn.Module):
     _stock_class: type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock forward, then the regularizer."""
-        return self.regularizer(super().forward(*args, **kwargs))
+        """The stock forward, then, in training mode, the regularizer."""
+        y = super().forward(*args, **kwargs)
+        return self.regularizer(y) if self.regularizer.training else y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class exists in this process only: a copy or an unpickled module makes it anew.

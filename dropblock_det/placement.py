@@ -32,7 +32,7 @@ class Block:
     joins_input: Callable[[nn.Module], bool] = lambda block: False
     """Whether the forward itself adds (or concatenates) the input, with no module on the skip.
 
-    The site is then the block's output, branch and skip under one mask, in place of its last unit.
+    The site is then the block's output, branch and skip under one mask, in place of the branch's last unit.
     """
 
 
@@ -52,8 +52,8 @@ BLOCKS: dict[str, Block] = {
     "efficientnet.FusedMBConv": _RESIDUAL,
     "mnasnet._InvertedResidual": Block(joins_input=lambda block: bool(block.apply_residual)),
     "shufflenetv2.InvertedResidual": Block(joins_input=lambda block: bool(block.stride == 1)),
-    "convnext.CNBlock": Block(units=("",)),
-    "maxvit.MBConv": Block(units=("layers.conv_a.2", "layers.conv_b.2", "")),
+    "convnext.CNBlock": Block(joins_input=lambda block: True),
+    "maxvit.MBConv": Block(units=("layers.conv_a.2", "layers.conv_b.2"), joins_input=lambda block: True),
     "squeezenet.Fire": Block(units=("squeeze_activation", "expand1x1_activation", "expand3x3_activation")),
     "googlenet.BasicConv2d": Block(units=("",)),
     "inception.BasicConv2d": Block(units=("",)),
@@ -108,24 +108,22 @@ def find_sites(model: nn.Module, at: Where | Iterable[Where]) -> tuple[str, ...]
         Distinct dotted names. An ``nn.Sequential`` is resolved to its last layer, whose output it returns.
 
     Raises:
-        InputError: Nothing matches, or one match lies inside another.
+        InputError: Nothing matches, or one match lies inside another (a residual block's sum and the units of
+            its branch may be sites together).
     """
     names = dict(walk(model))
     chosen: set[str] = set()
-    preset: set[str] = set()
     for where in [at] if isinstance(at, str) or callable(at) else list(at):
         sites = None if callable(where) else _preset(model, where)
-        if sites is not None:
-            preset.update(sites)
-        else:
-            chosen.update(_last_layer(name, names[name]) for name in _matches(model, names, where))
-    found = [name for name in names if name in chosen | preset]
+        if sites is None:
+            sites = [_last_layer(name, names[name]) for name in _matches(model, names, where)]
+        chosen.update(sites)
+    found = [name for name in names if name in chosen]
     if not found:
         raise InputError("at is empty: give a preset, a dotted pattern or a filter (name, module) -> bool")
     for inner in found:
         for outer in _parents(inner):
-            # A preset may mask a unit inside a residual block and the block's sum; a user means one of them.
-            if outer in found and not (inner in preset and outer in preset):
+            if outer in chosen and not _joins_input(names[outer]):
                 raise InputError(f"at selects {inner} and {outer}, which contains it: select one of them")
     first_names: dict[int | str, str] = {}
     for name in found:
@@ -198,10 +196,18 @@ def _units(name: str, module: nn.Module) -> Iterator[str]:
             if child_name not in ("regularizer", block.skip if block else None)
             for site in _units(_join(name, child_name), child)
         ]
-        joins = block is not None and block.joins_input(module)
-        yield from [*inside[:-1], name] if joins else inside
+        yield from inside[:-1] if _joins_input(module) else inside
+    if _joins_input(module):
+        yield name
     if block and block.skip:
         yield _last_layer(_join(name, block.skip), getattr(module, block.skip))
+
+
+def _joins_input(module: nn.Module | None) -> bool:
+    if module is None:
+        return False
+    block = _lookup(BLOCKS, module)
+    return block is not None and block.joins_input(module)
 
 
 def _units_in_order(name: str, module: nn.Module) -> Iterator[str]:

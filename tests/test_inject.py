@@ -143,7 +143,7 @@ def test_make_is_called_once_per_site_and_forward_once_per_call(resnet, x):
 def test_a_head_runs_once_per_level_with_a_mask_of_its_own():
     model = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2).head
     handle = regularize_(model, Scale, at="head")
-    model([torch.randn(1, 256, side, side) for side in (8, 4, 2)])
+    model.train()([torch.randn(1, 256, side, side) for side in (8, 4, 2)])
     assert {model.get_submodule(site).regularizer.calls for site in handle.sites} == {3}
 
 
@@ -302,7 +302,9 @@ def test_sync_batchnorm_conversion_keeps_the_regularizers(resnet):
     assert "DropBlock2d(p=0.07" in repr(resnet.layer4[1].bn1)
     calls = Scale(factor=0.0)
     resnet.layer4[1].bn1.regularizer = calls
-    resnet.eval()(torch.randn(1, 3, 32, 32))
+    resnet.eval()
+    calls.train()
+    resnet(torch.randn(1, 3, 32, 32))
     assert calls.calls == 1
     handle.remove()
     assert type(resnet.layer4[1].bn1) is nn.SyncBatchNorm

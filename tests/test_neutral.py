@@ -1,0 +1,219 @@
+"""A regularized model is the stock model where regularization is not wanted: every torchvision builder.
+
+The default run takes one builder per family. ``pytest -m slow tests/test_neutral.py`` takes them all and writes
+``data/results/models.csv`` and ``models.md``.
+"""
+
+import copy
+import csv
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch.utils import _pytree as pytree
+from torchvision.models import list_models
+
+from dropblock_det.inject import regularize_
+from dropblock_det.layers import DropBlock2d
+from dropblock_det.sites import list_sites
+from dropblock_det.torchvision_models import SUFFIX, build_without_weights
+
+RESULTS = Path(__file__).parents[1] / "data" / "results"
+NOT_IMAGES = (*list_models(torchvision.models.video), "mvit_v1_b", "mvit_v2_s", "s3d", "swin3d_*")
+TASKS = {
+    "detection": list_models(torchvision.models.detection, exclude=f"*{SUFFIX}"),
+    "segmentation": list_models(torchvision.models.segmentation, exclude=f"*{SUFFIX}"),
+    "optical flow": list_models(torchvision.models.optical_flow),
+    "quantized": list_models(torchvision.models.quantization),
+    "classification": list_models(torchvision.models, exclude=f"*{SUFFIX}"),
+}
+ONE_PER_FAMILY = [
+    "convnext_tiny", "deeplabv3_mobilenet_v3_large", "densenet121", "efficientnet_b0",
+    "fasterrcnn_mobilenet_v3_large_320_fpn", "googlenet", "inception_v3", "keypointrcnn_resnet50_fpn",
+    "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "quantized_resnet18",
+    "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "ssdlite320_mobilenet_v3_large", "vgg11",
+]  # fmt: skip
+# Transformers have no conv-norm units: their one convolution, the patch embedding, is named by pattern.
+AT = {"vit_": "conv_proj", "swin_": "features.0.0"}
+SIZE = {"vit_": 224, "maxvit_": 224, "inception_": 96, "quantized_inception": 96, "raft_": 128, "ssd": 320}
+SMALL = {"min_size": 64, "max_size": 96}
+FEW_BOXES = SMALL | {"num_classes": 3, "box_batch_size_per_image": 8, "box_detections_per_img": 4}
+EVERY_BOX = {"score_thresh": 0.0}
+ARGUMENTS = {
+    "retinanet": SMALL | EVERY_BOX,
+    "fcos": SMALL | EVERY_BOX,
+    "ssd": EVERY_BOX,
+    "fasterrcnn": FEW_BOXES,
+    "maskrcnn": FEW_BOXES,
+    "keypointrcnn": FEW_BOXES,
+    "googlenet": {"init_weights": False, "aux_logits": False},  # their own initialization is slow
+    "inception": {"init_weights": False, "aux_logits": False},
+    "quantized_googlenet": {"aux_logits": False},
+    "quantized_inception": {"aux_logits": False},
+}
+
+
+def lookup(table, name, default):
+    """The value of the longest key with which the name starts."""
+    return next((table[key] for key in sorted(table, key=len, reverse=True) if name.startswith(key)), default)
+
+
+def inputs(name, batch=2):
+    size = lookup(SIZE, name, 64)
+    images = torch.rand(batch, 3, size, size)
+    if name in TASKS["detection"]:
+        return (list(images),)
+    return (images, images.flip(0)) if name in TASKS["optical flow"] else (images,)
+
+
+def loss_of(name, model, arguments):
+    if name not in TASKS["detection"]:
+        leaves = [leaf for leaf in pytree.tree_leaves(model(*arguments)) if isinstance(leaf, torch.Tensor)]
+        return sum(leaf.float().square().mean() for leaf in leaves)
+    boxes, labels = torch.tensor([[4.0, 6.0, 40.0, 50.0]]), torch.tensor([1])
+    masks, keypoints = (
+        torch.ones(1, *arguments[0][0].shape[1:], dtype=torch.uint8),
+        torch.full((1, 17, 3), 20.0),
+    )
+    target = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": keypoints}
+    return sum(model(arguments[0], [target] * len(arguments[0])).values())
+
+
+def graphs(name, model, arguments):
+    """The exported program's and the traced graph, without names that differ from one trace to the next."""
+    if (
+        name in TASKS["detection"]
+    ):  # their post-processing depends on the data: what comes before it is exported
+        model, arguments = model.backbone, (torch.stack(arguments[0]),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, arguments)
+        traced = torch.jit.trace(model, arguments, check_trace=False, strict=False).inlined_graph
+    torch._C._jit_pass_dce(traced)
+    order: dict[str, str] = {}
+    text = re.sub(r"___torch_mangle_\d+\.|#.*", "", str(torch._C._jit_pass_canonicalize(traced)))
+    text = re.sub(r" : \S+", "", text)
+    text = re.sub(r"%[\w.]+", lambda match: order.setdefault(match[0], f"%{len(order)}"), text)
+    nodes = [(str(n.op), str(n.target), str(n.args), str(n.kwargs)) for n in program.graph.nodes]
+    return {"export": (nodes, str(program.graph_signature)), "trace": text}
+
+
+def evaluate(model, arguments):
+    torch.manual_seed(0)  # for the quantizable models' and RAFT's sake: nothing here should draw
+    with torch.no_grad():
+        return [
+            leaf for leaf in pytree.tree_leaves(model.eval()(*arguments)) if isinstance(leaf, torch.Tensor)
+        ]
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def examine(name):
+    """Regularizes, compares with the stock model, trains a step, removes, compares again."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build_without_weights(name, **lookup(ARGUMENTS, name, {}))
+    for parameter in model.parameters():
+        if (
+            parameter.dim() > 1 and not parameter.any()
+        ):  # a ViT's head starts at zero and would hide everything
+            torch.nn.init.normal_(parameter, std=0.02)
+    at = lookup(AT, name, "paper")
+    arguments = inputs(name)
+    stock = evaluate(model, arguments)
+    stock_graphs = graphs(name, model, arguments)
+    stock_repr, stock_state = repr(model), copy.deepcopy(model.state_dict())
+    assert all(torch.isfinite(leaf).all() and leaf.numel() for leaf in stock), (
+        "the comparison would say nothing"
+    )
+
+    sites = list_sites(model, at, arguments)
+    handle = regularize_(model, lambda: DropBlock2d(p=0.1, block_size=3), at)
+    ours = graphs(name, model, arguments)
+    neutral = {
+        "keys": list(model.state_dict()) == list(stock_state),
+        "strict load": not any(model.load_state_dict(stock_state, strict=True)),
+        "eval": same(evaluate(model, arguments), stock),
+        **{kind: ours[kind] == graph for kind, graph in stock_graphs.items()},
+    }
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    loss = loss_of(name, model.train(), arguments)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        first = loss_of(name, model, arguments)
+        torch.manual_seed(1)
+        handle.set_p(0.0)
+        without = loss_of(name, model, arguments)
+    loss.backward()
+    optimizer.step()
+    trains = {
+        "all sites run": all(len(shape) == 4 for site in sites for shape in site.shapes or [()]),
+        "finite loss": bool(torch.isfinite(loss)),
+        "finite gradients": all(
+            p.grad is None or bool(torch.isfinite(p.grad).all()) for p in model.parameters()
+        ),
+        "drops": not torch.equal(first, without),
+    }
+
+    handle.remove()
+    model.load_state_dict(stock_state)
+    neutral["remove"] = repr(model) == stock_repr and same(evaluate(model, arguments), stock)
+    return {"sites": len(sites), "at": at, "neutral": neutral, "trains": trains}
+
+
+@pytest.mark.parametrize("name", ONE_PER_FAMILY)
+def test_one_builder_per_family_is_neutral_and_trains(name):
+    seen = examine(name)
+    assert all(seen["neutral"].values()), seen["neutral"]
+    assert all(seen["trains"].values()), seen["trains"]
+    assert seen["sites"] > 0
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The table so far; written when the module is done."""
+    path = RESULTS / "models.csv"
+    table = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            table = {row["model"]: row for row in csv.DictReader(file)}
+    yield table
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    ordered = [table[name] for names in TASKS.values() for name in names if name in table]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["model", "task", "at", "sites", "neutral", "trains a step"])
+        writer.writeheader()
+        writer.writerows(ordered)
+    columns = list(ordered[0])
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in ordered)]
+    head = f"Written by `pytest -m slow tests/test_neutral.py`; torch {torch.__version__}, torchvision"
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    (RESULTS / "models.md").write_text(f"{head} {torchvision.__version__}.\n\n{text}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in TASKS.items() for name in names])
+def test_every_builder_is_neutral_and_trains(rows, task, name):
+    seen = examine(name)
+    said = {kind: "yes" if all(seen[kind].values()) else "no" for kind in ("neutral", "trains")}
+    rows[name] = {
+        "model": name,
+        "task": task,
+        "at": seen["at"],
+        "sites": seen["sites"],
+        "neutral": said["neutral"],
+        "trains a step": said["trains"],
+    }
+    assert said == {"neutral": "yes", "trains": "yes"}, seen
+
+
+def test_the_sweep_leaves_no_builder_out():
+    covered = {name for names in TASKS.values() for name in names}
+    assert covered | set(NOT_IMAGES) >= set(list_models(exclude=[f"*{SUFFIX}"]))

@@ -92,17 +92,17 @@ class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, mask: Tensor, kept: Tensor, apply: Callable[..., Tensor]) -> Tensor:
-        return apply(x, mask, kept)
+    def forward(x: Tensor, mask: Tensor, kept: Tensor, operator: Callable[..., Tensor]) -> Tensor:
+        return operator(x, mask, kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, mask, kept, ctx.apply = inputs
+        _, mask, kept, ctx.operator = inputs
         ctx.save_for_backward(mask, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Apply.apply(grad, *ctx.saved_tensors, ctx.apply), None, None, None
+        return _Apply.apply(grad, *ctx.saved_tensors, ctx.operator), None, None, None
 
 
 def _path(x: Tensor) -> ModuleType:

@@ -1,7 +1,7 @@
 """A regularized model is the stock model where regularization is not wanted: every torchvision builder.
 
-The default run takes one builder per family. ``pytest -m slow tests/test_neutral.py`` takes them all and writes
-``data/results/models.csv`` and ``models.md``.
+The default run takes one builder per family; ``pytest -m slow tests/test_neutral.py`` takes them all and
+writes ``data/results/models.csv`` and ``models.md``.
 """
 
 import copy
@@ -34,7 +34,8 @@ ONE_PER_FAMILY = [
     "convnext_tiny", "deeplabv3_mobilenet_v3_large", "densenet121", "efficientnet_b0",
     "fasterrcnn_mobilenet_v3_large_320_fpn", "googlenet", "inception_v3", "keypointrcnn_resnet50_fpn",
     "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "quantized_resnet18",
-    "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "ssdlite320_mobilenet_v3_large", "vgg11",
+    "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1",
+    "ssdlite320_mobilenet_v3_large", "vgg11",
 ]  # fmt: skip
 # Transformers have no conv-norm units: their one convolution, the patch embedding, is named by pattern.
 AT = {"vit_": "conv_proj", "swin_": "features.0.0"}
@@ -176,41 +177,34 @@ def test_one_builder_per_family_is_neutral_and_trains(name):
     assert seen["sites"] > 0
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """The table so far; written when the module is done."""
+def record(row):
+    """Puts a row into the table in ``data/results``."""
     path = RESULTS / "models.csv"
     table = {}
     if path.exists():
         with path.open(newline="") as file:
             table = {row["model"]: row for row in csv.DictReader(file)}
-    yield table
+    table[row["model"]] = row
+    rows = [table[name] for names in TASKS.values() for name in names if name in table]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    ordered = [table[name] for names in TASKS.values() for name in names if name in table]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["model", "task", "at", "sites", "neutral", "trains a step"])
+        writer = csv.DictWriter(file, list(row))
         writer.writeheader()
-        writer.writerows(ordered)
-    columns = list(ordered[0])
-    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in ordered)]
-    head = f"Written by `pytest -m slow tests/test_neutral.py`; torch {torch.__version__}, torchvision"
+        writer.writerows(rows)
+    lines = [list(row), ["---"] * len(row), *(list(row.values()) for row in rows)]
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    head = f"Written by `pytest -m slow tests/test_neutral.py`; {versions}."
     text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-    (RESULTS / "models.md").write_text(f"{head} {torchvision.__version__}.\n\n{text}\n")
+    (RESULTS / "models.md").write_text(f"{head}\n\n{text}\n")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in TASKS.items() for name in names])
-def test_every_builder_is_neutral_and_trains(rows, task, name):
+def test_every_builder_is_neutral_and_trains(task, name):
     seen = examine(name)
     said = {kind: "yes" if all(seen[kind].values()) else "no" for kind in ("neutral", "trains")}
-    rows[name] = {
-        "model": name,
-        "task": task,
-        "at": seen["at"],
-        "sites": seen["sites"],
-        "neutral": said["neutral"],
-        "trains a step": said["trains"],
-    }
+    row = {"model": name, "task": task, "at": seen["at"], "sites": seen["sites"]}
+    record(row | {"neutral": said["neutral"], "trains a step": said["trains"]})
     assert said == {"neutral": "yes", "trains": "yes"}, seen
 
 

@@ -1,4 +1,5 @@
 import fcntl
+import importlib.util
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from synthetic_runs import invented_runs
 
 from dropblock_det.comparison import Plan, Run, Runner, make_plan, record_plan
 from dropblock_det.errors import InputError
@@ -352,9 +354,53 @@ def test_bad_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_report_is_rebuilt_from_records_alone(tmp_path):
-    from synthetic_runs import invented_runs
+@pytest.fixture
+def tool(monkeypatch):
+    """tools/compare.py as a function of its arguments, with the invented training."""
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "tools/compare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TRAINING", FAKE)
 
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+        module.main()
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_single_runs_of_a_cluster_merge_into_one_report(tool, tmp_path, capsys):
+    base, settings = configs(tmp_path, a={})
+    root = tmp_path / "runs"
+    for setting in ("a", "none"):
+        for seed in (0, 1):
+            common = ["run", base, "--runs", root, "--settings", settings]
+            tool(*common, "--only", setting, "--seed", seed, "--", "--max_epochs", 2)
+    comparison = read_comparison(root)
+    assert comparison.absent == ()
+    assert [(r.setting, r.seed, len(r.epochs)) for r in comparison.records] == [
+        (setting, seed, 2) for setting in ("none", "a") for seed in (0, 1)
+    ]
+    lowest = min(epoch.loss for epoch in read_record(run_folder(root, "a", 0)).epochs)
+    assert f"finished a seed 0  loss {lowest:.4f}" in capsys.readouterr().out
+    tool("run", base, "--runs", root, "--settings", settings, "--seeds", 0, 1, "--", "--max_epochs", 2)
+    out = capsys.readouterr().out
+    assert "finished" not in out  # nothing was left to do
+    assert "4/4" in out
+    assert (root / "report/report.html").exists()
+
+
+def test_a_failed_run_is_told_and_shows_in_the_exit_status(tool, tmp_path, capsys):
+    base, settings = configs(tmp_path, bad={"fail": "the loss is [not] finite"})
+    with pytest.raises(SystemExit) as caught:
+        tool("run", base, "--runs", tmp_path / "runs", "--settings", settings, "--seeds", 0)
+    assert caught.value.code == 1
+    assert "the loss is [not] finite (exit status 2)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_report_is_rebuilt_from_records_alone(tmp_path):
     invented_runs(tmp_path / "runs", settings=("none", "dropout"))
     begin = time.monotonic()
     result = subprocess.run(

@@ -23,6 +23,7 @@ from dropblock_det.report import FIGURES, cell
 from dropblock_det.report_page import write_report
 
 ROOT = Path(__file__).parents[1]
+TRAINING = [sys.executable, str(ROOT / "tools/train.py")]
 console = Console()
 
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         if record.reason:
             progress.console.print(f"  {record.reason}", markup=False, highlight=False)
 
-    runner = Runner(root, plan, [sys.executable, str(ROOT / "tools/train.py")], chosen, options.devices, told)
+    runner = Runner(root, plan, TRAINING, chosen, options.devices, told)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         whole = progress.add_task("runs", total=len(chosen))

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from reprlib import repr as short
 from typing import Any
 
@@ -133,14 +133,14 @@ def _image_fault(image: dict[str, Any]) -> str | None:
         if type(image.get(key)) is not int or not 1 <= image[key] <= MAX_SIDE:
             return f'has "{key}" {short(image.get(key))}; it must be a number of pixels from 1 to {MAX_SIDE}'
     name = image.get("file_name")
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or len(name) > 1000 or any(character < " " for character in name):
         return f'has "file_name" {short(name)}; it must be a path inside the image folder'
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
         return f'has "file_name" {short(name)}, which can\'t be the name of a file'
-    inside = PurePosixPath(name.replace("\\", "/"))
-    if inside.is_absolute() or ".." in inside.parts or ":" in inside.parts[0]:
+    inside = PureWindowsPath(name)  # knows both kinds of slash, and drives
+    if inside.anchor or ".." in inside.parts or not inside.parts:
         return f'has "file_name" {short(name)}, which leaves the image folder; give a path inside it'
     return None
 

@@ -1,0 +1,78 @@
+"""How fast the loader is, beside torchvision's reference detection pipeline on the same images.
+
+Run by hand: ``DROPBLOCK_DET_COCO=... pytest -m slow -s tests/test_loader_rate.py``
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+from PIL.Image import Transpose
+from torch.utils.data import DataLoader
+from torchvision.datasets import CocoDetection
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from dropblock_det.datasets.coco import CocoDataModule, collate
+
+ROUNDS = 7
+SIDE = 512  # pixels, what the detector resizes to
+
+
+def reference_loader(root):
+    """torchvision's own way, by the default of its detection reference: flip in Pillow, then to tensors."""
+    to_float = v2.ToDtype(torch.float32, scale=True)
+
+    def transforms(image, annotations):
+        width, height = image.size
+        kept = [a for a in annotations if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2].clamp_(0, width)
+        boxes[:, 1::2].clamp_(0, height)
+        labels = torch.tensor([a["category_id"] for a in kept], dtype=torch.int64)
+        if torch.rand(1) < 0.5:
+            image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        return to_float(pil_to_tensor(image)), {"boxes": boxes, "labels": labels}
+
+    annotations = root / "annotations" / "instances_train2017.json"
+    dataset = CocoDetection(root / "train2017", annotations, transforms=transforms)
+    return DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=collate)
+
+
+def seconds(loader, resize=None):
+    start = time.perf_counter()
+    count = 0
+    for images, targets in loader:
+        if resize:
+            resize(images, targets)
+        count += len(images)
+    return (time.perf_counter() - start) / count
+
+
+@pytest.mark.slow
+def test_loader_keeps_up_with_torchvisions_reference(real_coco):
+    torch.set_num_threads(1)  # per core
+    reference = reference_loader(real_coco)
+    plain, cached = (
+        CocoDataModule(str(real_coco), num_workers=0, batch_size=2, cache_mb=cache).train_dataloader()
+        for cache in (0, 1024)
+    )
+    resize = GeneralizedRCNNTransform(SIDE, SIDE, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    seconds(cached)  # fills the cache
+    ratios = {}
+    for name, transform in (("loader alone", None), (f"with the detector's resize to {SIDE}", resize)):
+        times = [
+            [seconds(loader, transform) for loader in (reference, plain, cached)] for _ in range(ROUNDS)
+        ]  # paired and alternating
+        rates = [1 / statistics.median(column) for column in zip(*times, strict=True)]
+        print(f"\n{name}: reference {rates[0]:.0f}, ours {rates[1]:.0f}, cached {rates[2]:.0f} images/s per core")
+        for number, which in ((1, "ours"), (2, "cached")):
+            paired = sorted(row[0] / row[number] for row in times)
+            ratios[name, which] = statistics.median(paired)
+            print(f"  {which}: {statistics.median(paired):.2f} times the reference ({paired[0]:.2f} to {paired[-1]:.2f})")
+    assert ratios["loader alone", "ours"] >= 1
+    assert ratios["loader alone", "cached"] > ratios["loader alone", "ours"]

@@ -55,6 +55,12 @@ class DetectionCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Finds what an earlier start left in the run's folder, and refuses to mix settings."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.output}: cannot be the run's folder ({error.strerror}); give another --output"
+            ) from None
         self.resume_from = newest_checkpoint(self.output)
         if self.resume_from is not None:
             check_same_config(self.output, resolved_config(self.parser, self.config))
@@ -81,7 +87,6 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first process only."""
         folder = Path(self.config["output"])
-        folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(resolved_config(self.parser, self.config), sort_keys=False)
         write_text(folder / "config.yaml", text)
 
@@ -164,7 +169,12 @@ def evaluate(
             f"{checkpoint}: trained on {_categories(known)}, but {datamodule.val_annotations} has "
             f"{_categories(found)}; give --data with the categories of the training"
         )
-    module = RetinaNetModule.from_checkpoint(content)
+    try:
+        module = RetinaNetModule.from_checkpoint(content)
+    except (RuntimeError, TypeError) as error:  # load_state_dict names keys and shapes, a call its arguments
+        raise InputError(
+            f"{checkpoint}: its weights do not fit the model ({' '.join(str(error).split())[:200]})"
+        ) from None
     trainer = Trainer(
         logger=False, callbacks=[RichProgressBar()], use_distributed_sampler=False, **trainer_arguments
     )

@@ -202,8 +202,7 @@ class CocoDataModule(LightningDataModule):
     @cached_property
     def train_dataset(self) -> CocoDataset:
         """The training images, read when first asked for."""
-        if not self.root.is_dir():
-            raise InputError(f"{self.root}: no such folder; give data.root the folder of a COCO data set")
+        self._check_root()
         dataset = CocoDataset(
             self.train_annotations,
             self.train_images,
@@ -218,8 +217,7 @@ class CocoDataModule(LightningDataModule):
     @cached_property
     def val_dataset(self) -> CocoDataset:
         """The validation images, read when first asked for."""
-        if not self.root.is_dir():
-            raise InputError(f"{self.root}: no such folder; give data.root the folder of a COCO data set")
+        self._check_root()
         return CocoDataset(self.val_annotations, self.val_images, subset=self.val_subset, seed=self.seed)
 
     @property
@@ -242,6 +240,13 @@ class CocoDataModule(LightningDataModule):
             digest.update(file.read_bytes())
             digest.update(repr(dataset.ids).encode())
         return digest.hexdigest()
+
+    def _check_root(self) -> None:
+        if not self.root.is_dir():
+            raise InputError(
+                f"{self.root}: no such folder; give data.root a COCO folder, or get a subset of COCO 2017: "
+                f"python tools/prepare_coco.py --train 500 --val 200 --seed 0 --out {self.root}"
+            )
 
     def validation_arguments(self) -> dict[str, Any]:
         """Returns this class's arguments that give the same validation images; plain, for a checkpoint."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from dropblock_det.errors import InputError
 
@@ -52,6 +53,9 @@ def read_image(path: Path, width: int, height: int) -> Tensor:
                     )
                 if image.mode in ("I", "F"):
                     raise InputError(f"{path}: 32-bit pixels have no fixed range; convert it to 8 or 16 bit")
+                if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                    # libjpeg-turbo as in Pillow, without two copies of the pixels
+                    return decode_jpeg(read_file(str(path)), ImageReadMode.RGB)
                 if image.mode.startswith("I;16"):
                     gray = (np.asarray(image) >> 8).astype(np.uint8)
                     pixels = np.repeat(gray[:, :, None], 3, axis=2)

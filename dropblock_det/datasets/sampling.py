@@ -32,11 +32,15 @@ class TrainSampler(Sampler[tuple[int, int]]):
         return -(-self.size // self.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order, draw_seeds = rng.permutation(self.size), rng.integers(2**63, size=self.size)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
         shared = np.resize(order, len(self) * self.world_size)  # repeats from the start where it must
-        share = shared[self.rank :: self.world_size]
-        yield from zip(share.tolist(), draw_seeds[share].tolist(), strict=True)
+        for index in shared[self.rank :: self.world_size].tolist():
+            yield index, draw_seed(self.seed, self.epoch, index)
+
+
+def draw_seed(seed: int, epoch: int, index: int) -> int:
+    """Returns a 63-bit seed that is a pure function of its arguments, unrelated for neighbours."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class ValBatches(Sampler[list[int]]):

@@ -233,15 +233,24 @@ def driver(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True, cwd=ROOT, stderr=subprocess.PIPE)
 
 
+def all_starts(root: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in root.glob("*/*/starts.txt"))
+
+
 def test_killed_again_and_again_it_ends_with_the_same_records(tmp_path):
     """SIGKILL, five times, in turn to all its processes and to it alone (its training lives on)."""
     for name in ("calm", "killed"):
-        configs(tmp_path / name, a={"sleep": 0.1}, b={"sleep": 0.1})
+        configs(tmp_path / name, a={"sleep": 0.2}, b={"sleep": 0.2})
     assert driver(tmp_path / "calm").wait(60) == 0
+    killed = tmp_path / "killed/runs"
     moment = random.Random(4)
     for kill in range(5):
+        before = all_starts(killed)
         process = driver(tmp_path / "killed")
-        time.sleep(moment.uniform(0.4, 1.0))
+        while all_starts(killed) == before:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        time.sleep(moment.uniform(0, 0.4))
         if kill % 2:
             process.kill()
         else:
@@ -251,10 +260,9 @@ def test_killed_again_and_again_it_ends_with_the_same_records(tmp_path):
     assert process.wait(60) == 0, process.stderr.read()
     calm = figures(tmp_path / "calm/runs")
     assert len(calm) == 6
-    assert figures(tmp_path / "killed/runs") == calm
-    total = sum(len(p.read_text().splitlines()) for p in (tmp_path / "killed/runs").glob("*/*/starts.txt"))
-    assert total > 6  # some were really cut short
-    assert not list((tmp_path / "killed/runs").glob("**/.record.json.*"))
+    assert figures(killed) == calm
+    assert all_starts(killed) > 6  # some were really cut short
+    assert not list(killed.glob("**/.record.json.*"))
 
 
 def test_a_training_that_outlives_its_comparison_is_waited_for(tmp_path):

@@ -366,7 +366,8 @@ def test_the_page_works_in_a_browser(tmp_path, seeds):
     assert seen["bars"] == 14
     assert seen["cards"] == 8
     assert seen["manyBoxes"] > 0
-    assert "found, 0 wrong" in seen["found"]
+    assert "0 of 2 found, 0 wrong" in seen["found"]
+    assert "1 wrong" not in seen["found"]
     assert seen["fourth"] > 0
     assert seen["theme"] in ("dark", "light")
     assert seen["wide"] <= 0  # nothing pushes the page sideways on a narrow screen

@@ -295,6 +295,7 @@ def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
         ),
         *("--data.num_workers=1", "--model.min_size=64", "--model.max_size=64", "--trainer.max_epochs=4"),
         *("--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"),
+        "--model.score_thresh=0.005",  # so low that there are detections to compare
     ]
 
     def start(root: Path) -> subprocess.Popen:
@@ -319,6 +320,11 @@ def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
     calm = figures(tmp_path / "calm")
     assert [len(epochs) for epochs in calm.values()] == [4, 4]
     assert figures(tmp_path / "killed") == calm, f"killed after {moments} s"
+    shown = [
+        {(r.setting, r.seed): r.detections for r in read_comparison(tmp_path / name).records}
+        for name in ("calm", "killed")
+    ]
+    assert shown[0] == shown[1]
     inits = [
         {r.seed: r.init_hash for r in read_comparison(tmp_path / name).records} for name in ("calm", "killed")
     ]

@@ -56,8 +56,8 @@ const tip = $("tip");
 function showTip(event, ...lines) {
   tip.replaceChildren(...lines);
   tip.hidden = false;
-  const left = Math.min(event.pageX + 14, scrollX + document.documentElement.clientWidth - tip.offsetWidth - 8);
-  tip.style.left = Math.max(scrollX + 8, left) + "px";
+  const fits = event.pageX + 14 + tip.offsetWidth < scrollX + document.documentElement.clientWidth - 8;
+  tip.style.left = Math.max(scrollX + 8, fits ? event.pageX + 14 : event.pageX - 14 - tip.offsetWidth) + "px";
   tip.style.top = event.pageY + 16 + "px";
 }
 const hideTip = () => { tip.hidden = true; };

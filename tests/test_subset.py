@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coco_like import annotations
+from coco_like import annotations, write_full_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -383,3 +383,31 @@ def test_preparing_needs_neither_torch_nor_numpy():
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FULL_SIZE = """
+import os, resource, sys, time
+from pathlib import Path
+from dropblock_det.datasets.subset import choose, extract, read_contents
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+path, target = map(Path, sys.argv[1:])
+began = time.process_time()
+with path.open("rb") as file:
+    contents = read_contents(file, "full")
+ids = choose(contents.images, 500, 0, "train2017", 1)
+with path.open("rb") as file:
+    extract(file, "full", ids, frozenset(contents.categories), target)
+seconds, peak = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(f"{path.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s on one core, peak {peak:.0f} MB")
+assert seconds < 60 and peak < 300
+"""
+
+
+@pytest.mark.slow
+def test_full_size_annotations(tmp_path):
+    write_full_size(tmp_path / "full.json")
+    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "full.json"), str(tmp_path / "part.json")]
+    subprocess.run(command, check=True)
+    summary = summarize(tmp_path / "part.json")
+    assert summary.images == 500
+    assert min(summary.images_with.values()) >= 1

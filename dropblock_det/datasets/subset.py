@@ -12,7 +12,7 @@ import tempfile
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -171,6 +171,7 @@ def choose(
         for category in images[image]:
             having.setdefault(category, []).append(image)
     chosen = dict.fromkeys(order[:count])
+    added: dict[int, None] = {}  # what was put in for one category is the last to go for another
     held = {category: sum(image in chosen for image in where) for category, where in having.items()}
     wanted = {category: min(min_per_category, len(where)) for category, where in having.items()}
 
@@ -179,22 +180,22 @@ def choose(
             held[category] += change
 
     for category in sorted(having, key=lambda c: (len(having[c]), c)):
-        candidates = [image for image in having[category] if image not in chosen]
+        candidates = [image for image in having[category] if image not in chosen and image not in added]
         # Of the images that would help, those that help most categories first, so that few are replaced.
         candidates.sort(key=lambda image: -sum(held[c] < wanted[c] for c in images[image]))
         for image in candidates:
             if held[category] >= wanted[category]:
                 break
             count_in(image, 1)
-            spare = next((s for s in reversed(chosen) if all(held[c] > wanted[c] for c in images[s])), None)
+            line = chain(reversed(chosen), added)
+            spare = next((s for s in line if all(held[c] > wanted[c] for c in images[s])), None)
             if spare is None:
                 count_in(image, -1)
                 break
-            del chosen[spare]
+            del (chosen if spare in chosen else added)[spare]
             count_in(spare, -1)
-            # In front: what was put in for one category must not be the first to go for the next.
-            chosen = {image: None, **chosen}
-    return sorted(chosen)
+            added[image] = None
+    return sorted([*chosen, *added])
 
 
 def check_url(url: str) -> str:

@@ -93,10 +93,11 @@ def plot(summaries: Mapping[str, Summary]) -> bytes:
         axes.bar_label(bars, fontsize=6, padding=2)
         # A logarithm keeps a class with one box visible beside thousands of persons; linear below 1, for 0.
         axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlim(0, max(10, *counts) * 3)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_title(f"{split}: {summary.images} images, {sum(counts)} boxes", fontsize=10)
-        axes.set_xlabel("boxes", fontsize=8)
+        axes.set_xlabel("boxes (logarithmic)", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(axis="x", alpha=0.3)
     picture = io.BytesIO()

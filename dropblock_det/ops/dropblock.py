@@ -1,6 +1,5 @@
 """``drop_block2d``: checks the arguments and picks the path."""
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -78,8 +77,7 @@ def drop_block2d(
         return reference.drop_block2d(x, min(max(float(p), 0.0), 1.0), block_size, per_channel, calibration)
     if not isinstance(p, Tensor):
         p = torch.full((), p, dtype=torch.float32, device=x.device)
-    mask, kept = path.draw(x, p, block_size, per_channel, calibration)
-    return _Apply.apply(x, mask, kept, path.apply)
+    return _Apply.apply(x, path.apply, *path.draw(x, p, block_size, per_channel, calibration))
 
 
 class _Apply(torch.autograd.Function):
@@ -92,17 +90,20 @@ class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, mask: Tensor, kept: Tensor, operator: Callable[..., Tensor]) -> Tensor:
-        return operator(x, mask, kept)
+    def forward(
+        x: Tensor, operator: Callable[..., Tensor], mask: Tensor, kept: Tensor, *layout: bool
+    ) -> Tensor:
+        return operator(x, mask, kept, *layout)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, mask, kept, ctx.operator = inputs
+        _, ctx.operator, mask, kept, *ctx.layout = inputs
         ctx.save_for_backward(mask, kept)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Apply.apply(grad, *ctx.saved_tensors, ctx.operator), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _Apply.apply(grad, ctx.operator, *ctx.saved_tensors, *ctx.layout)
+        return grad, *[None] * (3 + len(ctx.layout))
 
 
 def _path(x: Tensor) -> ModuleType:
@@ -110,5 +111,7 @@ def _path(x: Tensor) -> ModuleType:
         raise InputError(f"DROPBLOCK_DET_PATH must be one of {', '.join(PATHS)}, not {FORCED_PATH!r}")
     name = FORCED_PATH or x.device.type
     if name == "cuda" and HAS_TRITON:
-        return importlib.import_module("dropblock_det.ops.cuda")  # only here: triton is slow to import
+        from dropblock_det.ops import cuda  # here, not above: triton may be missing and is slow to import
+
+        return cuda
     return cpu if name == "cpu" else reference

@@ -1,0 +1,299 @@
+"""``drop_block2d`` on every path: the peers' faults, rates, gradients, dtypes, memory formats, compilation.
+
+The ``cuda`` path runs here in Triton's interpreter, in a process of its own: see ``test_cuda_kernels.py``.
+"""
+
+import os
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dropblock_det.errors import InputError
+from dropblock_det.ops import cpu, dropblock, reference
+from dropblock_det.ops.dropblock import drop_block2d
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["reference", "cpu", *(["cuda"] if INTERPRETED else [])])
+def path(request, monkeypatch):
+    monkeypatch.setattr(dropblock, "FORCED_PATH", request.param)
+    if request.param == "cuda":
+        from dropblock_det.ops import cuda
+
+        monkeypatch.setattr(
+            cuda, "WORDS", 1 << 13
+        )  # the interpreter's time goes by programs, not by elements
+    return request.param
+
+
+def test_drops_whole_blocks_and_scales_by_the_kept_share(path):
+    torch.manual_seed(0)
+    x = torch.rand(3, 5, 20, 31) + 1
+    y = drop_block2d(x, 0.3, 4)
+    kept = y != 0
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(y, x * kept / kept.float().mean())
+    dropped = (~kept).float()
+    corners = torch.nn.functional.avg_pool2d(dropped, 4, stride=1) == 1  # every 4x4 block wholly dropped
+    assert torch.equal(reference.mask_from_seeds(corners, 4, 20, 31), kept)  # together they explain all of it
+
+
+@pytest.mark.parametrize("calibration", ["paper", "exact"])
+@pytest.mark.parametrize(
+    ("height", "width", "block_size", "p"),
+    [
+        (1, 1, 1, 0.1),
+        (1, 1, 9, 0.5),
+        (1, 30, 4, 0.3),
+        (6, 6, 7, 0.2),  # torchvision raises
+        (7, 7, 7, 0.3),  # timm at p=0.1 drops 93 %
+        (7, 11, 7, 0.1),  # timm drops 61 %
+        (25, 34, 9, 0.5),
+        (25, 34, 1, 0.5),
+        (25, 34, 2, 0.3),
+        (50, 68, 7, 0.1),
+        (100, 136, 3, 0.3),
+        (100, 136, 9, 0.5),
+    ],
+)
+def test_realised_share_is_the_expected_one(path, height, width, block_size, p, calibration):
+    """Within 1 % relative, the standard error at most 0.3 %: an error of 3 % fails by six of them."""
+    if path == "cuda" and (width, block_size) not in {(7, 7), (34, 9)}:
+        pytest.skip("the interpreter is slow: two maps")
+    gamma = reference.seed_probability(p, block_size, height, width, calibration)
+    expected = reference.expected_drop_share(gamma, block_size, height, width)
+    if calibration == "exact":
+        assert expected == pytest.approx(p)
+    torch.manual_seed(1)
+    x = torch.ones(1, max(1, 2_000_000 // (height * width)), height, width)
+    shares = torch.empty(0)
+    for _ in range(200):
+        dropped = drop_block2d(x, p, block_size, calibration=calibration) == 0
+        shares = torch.cat([shares, dropped.flatten(2).float().mean(2).flatten()])
+        error = shares.std() / len(shares) ** 0.5
+        if error < 0.003 * expected:
+            break
+    assert error < 0.003 * expected
+    assert shares.mean() == pytest.approx(expected, rel=0.01)
+
+
+def test_half_precision_does_not_overflow_the_count(path):
+    """torchvision returns zeros: it sums the mask, of more than 65,504 elements, in float16."""
+    x = torch.ones(2, 64, 32, 32, dtype=torch.float16)
+    y = drop_block2d(x, 0.1, 7)
+    assert torch.isfinite(y).all()
+    assert y.float().mean() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
+)
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_output_and_gradient(path, dtype, tolerance, per_channel, memory_format):
+    """One rounding at most: 2**-11 in float16 and 2**-8 in bfloat16, relative."""
+    torch.manual_seed(2)
+    x = torch.randn(3, 6, 13, 17, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    y = drop_block2d(x, 0.3, 4, per_channel=per_channel)
+    kept = (y != 0) if per_channel else (y != 0).any(1, keepdim=True).expand_as(y)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    scale = 1 / kept.double().mean()
+    torch.testing.assert_close(y.double(), x.double() * kept * scale, rtol=tolerance, atol=0)
+    grad = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, grad)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), grad.double() * kept * scale, rtol=tolerance, atol=0)
+    if not per_channel:
+        assert ((y != 0) == (y != 0)[:, :1]).all()
+
+
+def test_strided_input_and_gradient(path):
+    x = torch.randn(4, 18, 12, 9, requires_grad=True)
+    y = drop_block2d(x.transpose(0, 1)[::2].transpose(2, 3), 0.2, 3)
+    y.backward(torch.randn(9, 12, 4, 9).permute(0, 2, 3, 1)[..., :12])
+    assert torch.equal(x.grad.ne(0)[:, ::2], y.ne(0).transpose(0, 1).transpose(2, 3))
+    assert (x.grad[:, 1::2] == 0).all()
+
+
+@pytest.mark.parametrize("p", [1.0, 1])
+def test_all_dropped_is_zero_not_nan(path, p):
+    x = torch.randn(2, 3, 7, 7, requires_grad=True)
+    y = drop_block2d(x, p, 7)
+    y.sum().backward()
+    assert (y == 0).all()
+    assert (x.grad == 0).all()
+
+
+def test_a_tensor_p(path):
+    x = torch.randn(2, 3, 20, 20)
+    torch.manual_seed(3)
+    y = drop_block2d(x, 0.25, 3)
+    torch.manual_seed(3)
+    assert torch.equal(drop_block2d(x, torch.tensor(0.25), 3), y)
+    assert torch.equal(drop_block2d(x, torch.tensor(0.0), 3), x)
+    assert torch.equal(drop_block2d(x, torch.tensor(-1.0), 3), x)  # clamped: no synchronization to complain
+    assert (drop_block2d(x, torch.tensor(2.0), 1) == 0).all()
+
+
+def test_manual_seed_and_generator_state(path):
+    x = torch.randn(2, 8, 20, 20)
+    torch.manual_seed(4)
+    first, state = drop_block2d(x, 0.3, 5), torch.get_rng_state()
+    second = drop_block2d(x, 0.3, 5)
+    assert not torch.equal(first, second)
+    torch.manual_seed(4)
+    assert torch.equal(drop_block2d(x, 0.3, 5), first)
+    torch.set_rng_state(state)
+    assert torch.equal(drop_block2d(x, 0.3, 5), second)
+
+
+def test_identity_cases(path):
+    x = torch.randn(2, 3, 5, 5)
+    empty = torch.randn(0, 3, 5, 5)
+    assert drop_block2d(x, 0.5, 3, training=False) is x
+    assert drop_block2d(x, 0.0, 3) is x
+    assert drop_block2d(empty, 0.5, 3).shape == empty.shape
+    assert drop_block2d(torch.randn(2, 3, 0, 5), 0.5, 3).numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"p": 1.5}, ("p", "1.5")),
+        ({"p": -0.1}, ("p", "-0.1")),
+        ({"p": float("nan")}, ("p", "nan")),
+        ({"p": "0.1"}, ("p", "'0.1'")),
+        ({"p": torch.tensor([0.1])}, ("p", "(1,)")),
+        ({"p": torch.tensor(0.1, dtype=torch.float64)}, ("p", "float64")),
+        ({"block_size": 0}, ("block_size", "0")),
+        ({"block_size": 3.0}, ("block_size", "3.0")),
+        ({"block_size": True}, ("block_size", "True")),
+        ({"calibration": "timm"}, ("calibration", "timm")),
+        ({"x": torch.randn(3, 4, 4)}, ("x", "(3, 4, 4)")),
+        ({"x": torch.ones(1, 1, 4, 4, dtype=torch.int32)}, ("x", "int32")),
+    ],
+)
+def test_bad_arguments_are_named(arguments, names):
+    with pytest.raises(InputError) as caught:
+        drop_block2d(**{"x": torch.randn(1, 1, 4, 4), "p": 0.1, "block_size": 3} | arguments)
+    assert all(name in str(caught.value) for name in names)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_path_is_named(monkeypatch):
+    monkeypatch.setattr(dropblock, "FORCED_PATH", "gpu")
+    with pytest.raises(InputError, match=r"DROPBLOCK_DET_PATH.*'gpu'"):
+        drop_block2d(torch.randn(1, 1, 4, 4), 0.1, 3)
+
+
+def test_gradients_to_any_order(path):
+    if path == "cuda":
+        pytest.skip("the interpreter is slow, and the autograd function is the CPU path's")
+
+    def f(x):
+        torch.manual_seed(5)
+        return drop_block2d(x, 0.3, 3) ** 2
+
+    x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(f, x)
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+def test_func_transforms_are_right_or_refused():
+    x = torch.randn(2, 3, 9, 9)
+    torch.manual_seed(6)
+    gradient = torch.func.grad(lambda x: drop_block2d(x, 0.3, 3).sum())(x)
+    torch.manual_seed(6)
+    torch.testing.assert_close(gradient * x, drop_block2d(x, 0.3, 3))
+    several = x.expand(4, -1, -1, -1, -1)
+    masks = torch.func.vmap(lambda x: drop_block2d(x, 0.3, 3), randomness="different")(several).ne(0)
+    assert not torch.equal(masks[0], masks[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(lambda x: drop_block2d(x, 0.3, 3))(several)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: drop_block2d(x, 0.3, 3), (x,), (x,))
+
+
+def test_activation_checkpointing_draws_the_same_mask(path):
+    x = torch.randn(2, 4, 15, 15, requires_grad=True)
+    torch.manual_seed(7)
+    y = checkpoint(lambda x: drop_block2d(x.exp(), 0.3, 3), x, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, y)
+
+
+def test_autocast(path):
+    x = torch.randn(2, 4, 15, 15)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert drop_block2d(x, 0.3, 3).dtype == torch.float32
+        assert drop_block2d(x.bfloat16(), 0.3, 3).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_without_break_or_recompilation(path, backend):
+    if path == "reference":
+        pytest.skip("plain PyTorch reads p on the host")
+    if path == "cuda" and backend == "inductor":
+        pytest.skip("the interpreter covers the operators; Inductor itself imports the real Triton")
+    torch._dynamo.reset()
+    p = torch.tensor(0.1)
+    compiled = torch.compile(
+        lambda x: drop_block2d(x, p, 3) + drop_block2d(x, p, 3), fullgraph=True, backend=backend
+    )
+    x = torch.ones(2, 4, 15, 15, requires_grad=True)
+    shares = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for value in (0.1, 0.3, 0.6, 0.0):
+            p.fill_(value)
+            y = compiled(x)
+            (gradient,) = torch.autograd.grad(y.sum(), x)
+            torch.testing.assert_close(gradient, y)
+            shares.append((y == 0).float().mean().item())
+            if 0 < value < 0.5:
+                assert len(y.unique()) == 4  # two masks, not one used twice
+    assert shares[0] < shares[1] < shares[2]
+    assert torch.equal(y, 2 * x)
+
+
+def test_operators_pass_opcheck():
+    p, seed = torch.tensor(0.3), torch.tensor(5)
+    torch.library.opcheck(cpu.draw_mask, (p, seed, (6, 9, 7, 1), 3, True))
+    mask, kept = cpu.draw_mask(p, seed, (6, 9, 7, 1), 3, False)
+    torch.library.opcheck(cpu.apply, (torch.randn(2, 3, 9, 7), mask.view(2, 3, 9, 7), kept))
+    mask, kept = cpu.draw_mask(p, seed, (2, 9, 7, 3), 3, False)
+    x = torch.randn(2, 3, 9, 7).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(cpu.apply, (x, mask.permute(0, 3, 1, 2), kept))
+    mask, kept = cpu.draw_mask(p, seed, (2, 9, 7, 1), 3, False)
+    torch.library.opcheck(cpu.apply, (x, mask.view(2, 1, 9, 7), kept))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.01, cpu.DENSE - 0.01, cpu.DENSE + 0.01, 0.7, 1.0])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("shape", [(6, 9, 14, 1), (2, 20, 9, 5), (7, 1, 1, 1), (3, 1, 33, 2)])
+def test_cpu_mask_is_the_references_bit_for_bit(shape, block_size, gamma):
+    planes, height, width, inner = shape
+    _, _, grid_h, grid_w = reference.block_and_grid(height, width, block_size)
+    generator = torch.Generator().manual_seed(8)
+    seeds = cpu.draw_seeds(planes, height, width, inner, block_size, gamma, generator)
+    assert seeds.sum() == seeds[:, :grid_h, :grid_w].sum()  # none where a block does not fit
+    grid = seeds[:, :grid_h, :grid_w].permute(0, 3, 1, 2).bool()
+    expected = reference.mask_from_seeds(grid, block_size, height, width).permute(0, 2, 3, 1)
+    assert torch.equal(cpu.mask_from_seeds(seeds, block_size).bool(), expected)
+
+
+@pytest.mark.parametrize("gamma", [1e-5, 0.01, 0.2, 0.9])
+def test_sparse_positions_are_bernoulli(gamma):
+    """Count and gaps: 40,000 successes expected, so a standard error of 0.5 %; four of them are allowed."""
+    count = int(40_000 / gamma)
+    positions = cpu.draw_positions(count, gamma, torch.Generator().manual_seed(9))
+    assert positions.min() >= 0
+    assert positions.max() < count
+    assert (positions.diff() >= 1).all()
+    assert len(positions) == pytest.approx(40_000, rel=4 * 0.005)
+    assert (positions < count / 2).double().mean() == pytest.approx(0.5, abs=4 * 0.0025)
+    neighbours = (positions.diff() == 1).double().mean()
+    assert neighbours == pytest.approx(gamma, abs=4 * (gamma * (1 - gamma) / 40_000) ** 0.5)

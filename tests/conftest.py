@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from tiny_run import arguments, start
 
+from dropblock_det.errors import run_tool
+
 
 @pytest.fixture(scope="session")
 def real_coco() -> Path:
@@ -72,3 +74,20 @@ def write(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return tmp_path / "instances.json", folder
 
     return write
+
+
+@pytest.fixture
+def line_of(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], Any]], str]:
+    """What a tool prints when an action fails as a user's mistake: one line, and exit status 2."""
+
+    def line_of(action: Callable[[], Any]) -> str:
+        with pytest.raises(SystemExit) as caught:
+            run_tool(action)
+        assert caught.value.code == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ")
+        assert printed.count("\n") == 1
+        assert len(printed) < 700
+        return printed
+
+    return line_of

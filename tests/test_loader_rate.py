@@ -65,14 +65,13 @@ def test_loader_keeps_up_with_torchvisions_reference(real_coco):
     seconds(cached)  # fills the cache
     ratios = {}
     for name, transform in (("loader alone", None), (f"with the detector's resize to {SIDE}", resize)):
-        times = [
-            [seconds(loader, transform) for loader in (reference, plain, cached)] for _ in range(ROUNDS)
-        ]  # paired and alternating
+        # Paired and alternating, so that a slower moment of the machine hits all three.
+        times = [[seconds(loader, transform) for loader in (reference, plain, cached)] for _ in range(ROUNDS)]
         rates = [1 / statistics.median(column) for column in zip(*times, strict=True)]
-        print(f"\n{name}: reference {rates[0]:.0f}, ours {rates[1]:.0f}, cached {rates[2]:.0f} images/s per core")
+        print(f"\n{name}, images/s: reference {rates[0]:.0f}, ours {rates[1]:.0f}, cached {rates[2]:.0f}")
         for number, which in ((1, "ours"), (2, "cached")):
             paired = sorted(row[0] / row[number] for row in times)
-            ratios[name, which] = statistics.median(paired)
-            print(f"  {which}: {statistics.median(paired):.2f} times the reference ({paired[0]:.2f} to {paired[-1]:.2f})")
+            ratios[name, which] = ratio = statistics.median(paired)
+            print(f"  {which}: {ratio:.2f} times the reference, from {paired[0]:.2f} to {paired[-1]:.2f}")
     assert ratios["loader alone", "ours"] >= 1
     assert ratios["loader alone", "cached"] > ratios["loader alone", "ours"]

@@ -14,9 +14,9 @@ from dropblock_det.datasets.coco import FLIP, CocoDataModule
 from dropblock_det.errors import InputError
 
 SIZE = 128  # pixels per side
-VERSION = 1  # of the drawing: folders of another version are written anew
+VERSION = 2  # of the drawing: folders of another version are written anew
 MAX_OBJECTS = 6
-SIDES = (18, 24, 32, 42, 56, 72)  # pixels
+SIDES = (24, 30, 38, 48, 60, 76)  # pixels
 MIN_VISIBLE = 0.5  # share of an object that later ones leave visible
 
 # One name per shape, and the colour around which its objects vary.
@@ -77,7 +77,7 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
     """Draws coloured clouds, thin lines in the objects' own colours, and grain: int (SIZE, SIZE, 3)."""
     cells = 4
     shape = (cells + 1, cells + 1)
-    corners = rng.integers(50, 190, (*shape, 1)) + rng.integers(-45, 46, (*shape, 3))
+    corners = rng.integers(50, 190, (*shape, 1)) + rng.integers(-30, 31, (*shape, 3))
     step = SIZE // cells
     cell, offset = np.divmod(np.arange(SIZE), step)
     weight = offset[:, None, None]
@@ -85,7 +85,7 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
     weight = offset[None, :, None]
     pixels = (rows[:, cell] * (step - weight) + rows[:, cell + 1] * weight) // step**2
     row, column = np.mgrid[0:SIZE, 0:SIZE]
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(1, 5)):
         a, b = DIRECTIONS[rng.integers(len(DIRECTIONS))]
         at_row, at_column = rng.integers(0, SIZE, 2).tolist()
         width = int(rng.integers(1, 4))
@@ -97,7 +97,7 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
 def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """Draws one scene.
 
-    Objects lie over one another, their colours vary around their class', one in six has another class'
+    Objects lie over one another, their colours vary around their class', one in ten has another class'
     colour, and their surface is shaded and striped. One scene in sixteen has no object.
 
     Returns:
@@ -116,7 +116,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np
         mask[window] = shape
         if any((other & ~mask).sum() < MIN_VISIBLE * other.sum() for _, other in objects):
             continue
-        color = COLORS[label if rng.integers(6) else rng.integers(len(COLORS))] + rng.integers(-35, 36, 3)
+        color = COLORS[label if rng.integers(10) else rng.integers(len(COLORS))] + rng.integers(-35, 36, 3)
         ramp = np.arange(side)
         shade = 70 + 50 * ramp // side - 18 * (ramp // int(rng.integers(3, 7)) % 2)  # percent
         surface = color * (shade[:, None, None] if rng.integers(2) else shade[None, :, None]) // 100

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
+from torch.fx import Proxy
 from torch.jit import ScriptModule
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -104,9 +105,10 @@ class RegularizerHandle:
             del module.regularizer
             module.__class__ = module._stock_class
             if isinstance(module, Skip):
-                parent, _, slot = site.rpartition(".")
-                delattr(self.model.get_submodule(parent), slot)
-                setattr(self.model.get_submodule(parent), slot, None)
+                slot = site.rpartition(".")[2]  # the block itself: by name one may get a wrapper around it
+                block = next(m for m in self.model.modules() if m._modules.get(slot) is module)
+                delattr(block, slot)
+                setattr(block, slot, None)
         self.sites = ()
 
     def _site(self, name: str) -> Any:
@@ -143,7 +145,12 @@ class Regularized(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock forward, then, in training mode, the regularizer."""
         y = super().forward(*args, **kwargs)
-        return self.regularizer(y) if self.regularizer.training else y
+        if not self.regularizer.training:
+            return y
+        if isinstance(y, Proxy):  # FX, as in create_feature_extractor, takes the regularizer as one node
+            tracer: Any = y.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self.regularizer), (y,), {})
+        return self.regularizer(y)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class exists in this process only: a copy or an unpickled module makes it anew.

@@ -69,7 +69,10 @@ DETECTORS = {
 @pytest.mark.parametrize("name", DETECTORS)
 def test_inject_train_a_step_remove(name):
     torch.manual_seed(0)
-    model = DETECTORS[name](weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96)
+    few = {"box_batch_size_per_image": 8, "rpn_post_nms_top_n_test": 20} if "rcnn" in name else {}
+    model = DETECTORS[name](
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96, **few
+    )
     stock = copy.deepcopy(model)
     stock_repr = repr(model)
     images = [torch.rand(3, 64, 80), torch.rand(3, 72, 64)]

@@ -1,11 +1,15 @@
 """Which sites ``at`` names: presets, patterns, filters and what is refused."""
 
+import warnings
+
 import pytest
+import torch
 import torchvision
 from torch import nn
 
 from dropblock_det.errors import InputError
 from dropblock_det.placement import find_sites
+from dropblock_det.torchvision_models import build_without_weights
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +121,90 @@ def test_an_unknown_network_is_told_how_to_name_sites():
             InputError, match=r"a pattern such as '0' or by a filter \(name, module\) -> bool"
         ):
             find_sites(model, preset)
+
+
+# One block of each family: (builder, the block's name, its sites, all of them in "paper").
+FAMILIES = [
+    ("resnet18", "layer4.0", ["bn1", "bn2", "downsample.1"]),
+    ("resnet18", "layer4.1", ["bn1", "bn2", "downsample"]),
+    ("resnext50_32x4d", "layer3.2", ["bn1", "bn2", "bn3", "downsample"]),
+    ("quantized_resnet18", "layer4.1", ["bn1", "bn2", "downsample"]),
+    ("deeplabv3_resnet50", "backbone.layer4.1", ["bn1", "bn2", "bn3", "downsample"]),
+    ("regnet_y_400mf", "trunk_output.block4.block4-0", ["proj.1", "f.a.2", "f.b.2", "f.c.1"]),
+    ("regnet_y_400mf", "trunk_output.block3.block3-1", ["f.a.2", "f.b.2", "f.c.1", "proj"]),
+    ("densenet121", "features.denseblock4.denselayer2", ["relu1", "relu2"]),
+    ("vgg16_bn", "features", [str(i) for i in (26, 29, 32, 36, 39, 42)]),
+    ("vgg16", "features", [str(i) for i in (18, 20, 22, 25, 27, 29)]),
+    ("alexnet", "features", ["4", "7", "9", "11"]),
+    # A residual block's own output stands for its last unit and its skip; others end in their norm.
+    ("mobilenet_v2", "features.8", ["", "conv.0.2", "conv.1.2"]),
+    ("mobilenet_v2", "features.14", ["conv.0.2", "conv.1.2", "conv.3"]),
+    ("mobilenet_v3_small", "features.5", ["", "block.0.2", "block.1.2"]),
+    ("mobilenet_v3_small", "features.4", ["block.0.2", "block.1.2", "block.3.1"]),
+    ("efficientnet_b0", "features.6.1", ["", "block.0.2", "block.1.2"]),
+    ("efficientnet_v2_s", "features.4.0", ["block.0.2", "block.1.2", "block.3.1"]),
+    ("mnasnet0_5", "layers.12.1", ["", "layers.2", "layers.5"]),
+    ("mnasnet0_5", "layers.12.0", ["layers.2", "layers.5", "layers.7"]),
+    ("shufflenet_v2_x0_5", "stage4.0", ["branch1.1", "branch1.4", "branch2.2", "branch2.4", "branch2.7"]),
+    ("shufflenet_v2_x0_5", "stage4.1", ["", "branch2.2", "branch2.4"]),
+    ("convnext_tiny", "features.7.1", [""]),
+    ("maxvit_t", "blocks.3.layers.0.layers.MBconv", ["", "layers.conv_a.2", "layers.conv_b.2"]),
+    ("squeezenet1_1", "features.12", ["squeeze_activation", "expand1x1_activation", "expand3x3_activation"]),
+    ("googlenet", "inception5b", ["branch1", *(f"branch{i}" for i in ("2.0", "2.1", "3.0", "3.1", "4.1"))]),
+    ("inception_v3", "Mixed_7a", ["branch3x3_1", "branch3x3_2", *(f"branch7x7x3_{i}" for i in (1, 2, 3, 4))]),
+    ("ssd300_vgg16", "backbone.extra.0", ["2", "4", "6", "7.2", "7.4"]),
+    ("ssdlite320_mobilenet_v3_large", "backbone.features.1.1", ["", "block.0.2", "block.1.2"]),
+    ("fasterrcnn_mobilenet_v3_large_fpn", "backbone.body.14", ["", "block.0.2", "block.1.2"]),
+    ("lraspp_mobilenet_v3_large", "backbone.13", ["block.0.2", "block.1.2", "block.3.1"]),
+]  # fmt: skip
+
+
+def build(name):
+    with torch.device("meta" if "regnet" not in name else "cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return build_without_weights(name)
+
+
+@pytest.mark.parametrize(("name", "block", "expected"), FAMILIES, ids=[f"{n}-{b}" for n, b, _ in FAMILIES])
+def test_every_family_has_its_units_and_skips(name, block, expected):
+    sites = find_sites(build(name), "paper")
+    inside = [site for site in sites if site == block or site.startswith(block + ".")]
+    assert inside == [f"{block}.{site}".rstrip(".") for site in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "outside"),
+    [
+        ("mobilenet_v2", ["features.0", "features.6", "classifier"]),
+        ("vgg16", ["features.15", "classifier"]),
+        ("ssd300_vgg16", ["backbone.features.13", "backbone.extra.1", "head"]),
+        ("inception_v3", ["Mixed_5d", "AuxLogits"]),
+        ("googlenet", ["inception3b", "aux1", "aux2"]),
+        ("densenet121", ["features.transition3", "features.norm5"]),
+        ("efficientnet_b0", ["features.3"]),
+    ],
+)
+def test_paper_keeps_to_the_last_two_stages(name, outside):
+    for site in find_sites(build(name), "paper"):
+        assert not any(site == module or site.startswith(module + ".") for module in outside)
+
+
+HEADS = {
+    "fcos_resnet50_fpn": [
+        f"head.{h}_head.conv.{i}" for h in ("classification", "regression") for i in (2, 5, 8, 11)
+    ],
+    "fasterrcnn_resnet50_fpn_v2": [f"rpn.head.conv.{i}.1" for i in (0, 1)]
+    + [f"roi_heads.box_head.{i}.2" for i in range(4)],
+    "maskrcnn_resnet50_fpn": ["rpn.head.conv.0.1"] + [f"roi_heads.mask_head.{i}.1" for i in range(4)],
+    "keypointrcnn_resnet50_fpn": ["rpn.head.conv.0.1"]
+    + [f"roi_heads.keypoint_head.{i}" for i in range(1, 16, 2)],
+    "fcn_resnet50": ["classifier.2"],
+    "deeplabv3_resnet50": [f"classifier.0.convs.{i}.2" for i in range(4)]
+    + ["classifier.0.project.2", "classifier.3"],
+    "lraspp_mobilenet_v3_large": ["classifier.cbr.2"],
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name):
+    assert list(find_sites(build(name), "head")) == HEADS[name]

@@ -8,6 +8,7 @@ from torchvision.models import WeightsEnum, get_weight
 from torchvision.models.detection import RetinaNet, RetinaNet_ResNet50_FPN_Weights
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -76,6 +77,11 @@ def build_retinanet(
     octaves = tuple(tuple(int(size * 2 ** (octave / 3)) for octave in range(3)) for size in anchor_sizes)
     anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * len(octaves))
     model = RetinaNet(backbone, len(category_names) + 1, anchor_generator=anchors, **retinanet_arguments)
+    if detector_weights is None and backbone_weights is None:
+        for module in model.modules():
+            # Residual branches that start at zero learn sooner from scratch (Goyal et al. 2017, section 5.1).
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
     if detector_weights is not None and load_weights:
         _load_published(model, detector_weights, category_names)
     if detector_weights == RetinaNet_ResNet50_FPN_Weights.COCO_V1:

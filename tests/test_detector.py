@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchvision.models import ResNet50_Weights
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights, retinanet_resnet50_fpn
+from torchvision.models.resnet import Bottleneck
 
 from dropblock_det.detector import build_retinanet, losses_and_detections
 from dropblock_det.errors import InputError
@@ -78,6 +79,12 @@ def test_one_forward_leaves_batchnorm_and_mode_alone():
     losses_and_detections(model, *batch())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(module.training for module in model.modules())
+
+
+def test_from_scratch_the_residual_branches_start_at_zero():
+    blocks = [m for m in build_retinanet(["a"]).modules() if isinstance(m, Bottleneck)]
+    assert len(blocks) == 16
+    assert all(not block.bn3.weight.any() for block in blocks)
 
 
 def test_published_rows_are_matched_by_category_name(monkeypatch, stock_weights):

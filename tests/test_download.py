@@ -254,7 +254,7 @@ def test_archive_when_range_does_not_work(tmp_path, server, right, answer):
     server.plan[ARCHIVE] = [drop_after(0.5), answer]
     prepare(tmp_path / "coco", OPTIONS, network=network(server))
     assert tree(tmp_path) == right
-    assert server.asked[ARCHIVE] == (2 if answer is ignore_range else 3)  # the whole file is taken as it comes
+    assert server.asked[ARCHIVE] == (2 if answer is ignore_range else 3)  # the whole is taken at once
 
 
 @pytest.mark.parametrize("left", [b"", b"garbage", b"g" * 10_000_000, None])

@@ -223,7 +223,7 @@ function picture(image, groups) {
   const view = svg("svg", { viewBox: `0 0 ${image.width} ${image.height}`, role: "img" });
   if (image.src) view.append(svg("image", { href: image.src, width: image.width, height: image.height, preserveAspectRatio: "none" }));
   for (const [boxes, stroke, dashed] of groups) for (const { bbox: [x, y, w, h], category, score } of boxes) {
-    view.append(svg("rect", { x, y, width: w, height: h, fill: "none", style: "stroke:#000", opacity: .45, "stroke-width": unit * 1.7 }));
+    view.append(svg("rect", { x, y, width: w, height: h, fill: "none", style: "stroke:#000", opacity: dashed ? .2 : .45, "stroke-width": unit * 1.7 }));
     view.append(svg("rect", { x, y, width: w, height: h, fill: "none", style: `stroke:${stroke}`, "stroke-width": unit, "stroke-dasharray": dashed ? dashed.map(n => n * unit).join(" ") : "" }));
     const last = x > image.width * .7; // keep the words inside the picture
     const label = svg("text", { x: last ? Math.min(x + w, image.width) - unit : Math.max(x, 0) + unit, "text-anchor": last ? "end" : "start", y: Math.max(y, unit * 5.5) - unit, style: `font-size:${unit * 4.6}px;fill:#fff;stroke:#000;stroke-width:${unit * .9}px;paint-order:stroke;font-weight:600` }, category);
@@ -268,6 +268,10 @@ function sortTable(header) {
 
 // --- start ---------------------------------------------------------------------------------------
 
+const scores = Object.values(data.detections).flatMap(Object.values).flatMap(Object.values).flat().map(d => d.score);
+if (!scores.some(s => s >= state.score)) state.score = .05; // a young detector is sure of nothing
+$("score").value = state.score;
+$("score-shown").textContent = state.score.toFixed(2);
 const seeds = [...new Set(Object.values(data.detections).flatMap(Object.keys))].sort((a, b) => a - b);
 state.seed = seeds[0] ?? null;
 if (!data.answers[state.answer]) state.answer = Object.keys(data.answers)[0];

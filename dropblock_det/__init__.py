@@ -1,8 +1,21 @@
-"""DropBlock, Dropout or SpatialDropout inside a torchvision detector. Importing this needs torch alone."""
+"""DropBlock, Dropout or SpatialDropout inside a torchvision detector. The names below need torch alone."""
 
-from dropblock_det.inject import RegularizerHandle, handle_of, regularize_
-from dropblock_det.layers import DropBlock2d
-from dropblock_det.ops.dropblock import drop_block2d
-from dropblock_det.sites import list_sites
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dropblock_det.inject import RegularizerHandle, handle_of, regularize_
+    from dropblock_det.layers import DropBlock2d
+    from dropblock_det.ops.dropblock import drop_block2d
+    from dropblock_det.sites import list_sites
 
 __all__ = ["DropBlock2d", "RegularizerHandle", "drop_block2d", "handle_of", "list_sites", "regularize_"]
+
+_HOMES = {"DropBlock2d": "layers", "drop_block2d": "ops.dropblock", "list_sites": "sites"}
+
+
+def __getattr__(name: str) -> Any:
+    # Fetching a COCO subset needs no torch, whose import takes half a gigabyte of memory.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'inject')}"), name)

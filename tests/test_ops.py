@@ -60,8 +60,8 @@ def test_drops_whole_blocks_and_scales_by_the_kept_share(path):
 )
 def test_realised_share_is_the_expected_one(path, height, width, block_size, p, calibration):
     """Within 1 % relative, the standard error at most 0.3 %: an error of 3 % fails by six of them."""
-    if path == "cuda" and (width, block_size) not in {(7, 7), (34, 9)}:
-        pytest.skip("the interpreter is slow: two maps")
+    if path == "cuda" and (width, block_size) != (34, 9):
+        pytest.skip("the interpreter is slow: one map; test_cuda_kernels.py tests the seeds and the mask")
     gamma = reference.seed_probability(p, block_size, height, width, calibration)
     expected = reference.expected_drop_share(gamma, block_size, height, width)
     if calibration == "exact":

@@ -1,0 +1,346 @@
+"""Paired measurements of DropBlock implementations, as functions and inside a RetinaNet's training step."""
+
+import csv
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dropblock_det.inject import regularize_
+from dropblock_det.layers import make_regularizer
+from dropblock_det.ops import dropblock, reference
+
+# The outputs of a ResNet-50's four stages for images of 800 x 1088: channels, H, W.
+STAGES = {1: (256, 200, 272), 2: (512, 100, 136), 3: (1024, 50, 68), 4: (2048, 25, 34)}
+BASELINE = "F.dropout"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one setting; milliseconds of forward and backward (and optimizer)."""
+
+    what: str
+    provider: str
+    setting: str
+    rounds: int
+    median_ms: float
+    q10_ms: float
+    q90_ms: float
+    relative_to: str
+    relative: float  # median of the ratios within a round
+    relative_q10: float
+    relative_q90: float
+    peak_memory_mib: float | None
+    hardware: str
+    versions: str
+    measured: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()))
+
+
+def ours(path: str, x: Tensor, p: float, block_size: int, per_channel: bool = True) -> Tensor:
+    """:func:`drop_block2d` forced onto one path."""
+    forced, dropblock.FORCED_PATH = dropblock.FORCED_PATH, path
+    try:
+        return dropblock.drop_block2d(x, p, block_size, per_channel=per_channel)
+    finally:
+        dropblock.FORCED_PATH = forced
+
+
+def mmdetection(x: Tensor, p: float, block_size: int) -> Tensor:
+    """The formulation of mmdetection's layer: seeds drawn inside, widened by max-pooling, float mask kept."""
+    n, c, h, w = x.shape
+    gamma = reference.seed_probability(p, block_size, h, w)
+    seeds = (torch.rand(n, c, h - block_size + 1, w - block_size + 1, device=x.device) < gamma).to(x.dtype)
+    half = block_size // 2
+    mask = 1 - functional.max_pool2d(functional.pad(seeds, [half] * 4), block_size, 1, half)
+    return x * mask * (mask.numel() / (1e-6 + mask.sum()))
+
+
+def providers(p: float, block_size: int, device: str) -> dict[str, Callable[[Tensor], Tensor] | str]:
+    """Name to function of a map, or to the reason why it is left out."""
+    path = "cuda" if device == "cuda" else "cpu"
+    made: dict[str, Callable[[Tensor], Tensor] | str] = {
+        BASELINE: lambda x: functional.dropout(x, p),
+        f"ours, {path}": lambda x: ours(path, x, p, block_size),
+        f"ours, {path}, shared mask": lambda x: ours(path, x, p, block_size, per_channel=False),
+        "ours, reference": lambda x: ours("reference", x, p, block_size),
+        "floor: a scaled copy": lambda x: x * 1.1,
+        "F.dropout2d": lambda x: functional.dropout2d(x, p),
+        "mmdetection's formulation": lambda x: mmdetection(x, p, block_size),
+    }
+    try:
+        from torchvision.ops import drop_block2d
+
+        made["torchvision"] = lambda x: drop_block2d(x, p, block_size)
+    except ImportError:
+        made["torchvision"] = "torchvision is not installed"
+    try:
+        from timm.layers import drop_block_2d
+
+        made["timm, per channel"] = lambda x: drop_block_2d(x, p, block_size, couple_channels=False)
+        made["timm, shared mask"] = lambda x: drop_block_2d(x, p, block_size)
+    except ImportError:
+        made["timm"] = 'timm is not installed: pip install "dropblock_det[peers]"'
+    try:
+        from dropblock import DropBlock2D
+
+        made["dropblock (PyPI), shared mask"] = DropBlock2D(p, block_size).train()
+    except ImportError:
+        made["dropblock (PyPI)"] = 'dropblock is not installed: pip install "dropblock_det[peers]"'
+    return made
+
+
+def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> None:
+    """What is timed: the output and the gradient of ``x``."""
+    torch.autograd.grad(function(x), x, grad)
+
+
+def milliseconds(work: Callable[[], Any], device: str) -> float:
+    """Wall time of one call; on a GPU between two events, so without the host's lead."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begun = time.perf_counter()
+    work()
+    return (time.perf_counter() - begun) * 1e3
+
+
+def peak_memory(work: Callable[[], Any], device: str) -> float:
+    """The most that one call holds beyond what was allocated before, results included, in MiB."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler chats on stderr
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def measure(
+    works: Mapping[str, Callable[[], Any]], baseline: str, rounds: int, device: str
+) -> Iterator[tuple[str, list[float], list[float]]]:
+    """Times all ``works`` in every round, one after the other, each round starting at another one.
+
+    Yields:
+        Name, its milliseconds, and its ratios to the baseline of the same round.
+    """
+    names = list(works)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-2, rounds):  # two to warm up
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            elapsed = milliseconds(works[name], device)
+            if turn >= 0:
+                times[name].append(elapsed)
+    for name in names:
+        yield name, times[name], [a / b for a, b in zip(times[name], times[baseline], strict=True)]
+
+
+def rows(
+    what: str, setting: str, works: Mapping[str, Callable[[], Any]], baseline: str, rounds: int, device: str
+) -> list[Row]:
+    """Measures ``works`` and the memory of each."""
+    memory = {name: peak_memory(work, device) for name, work in works.items()} if what == "op" else {}
+    packages = ("torch", "torchvision", "timm", "dropblock", "triton")
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    versions = ", ".join(f"{name} {found[name]}" for name in packages if name in found)
+    made: list[Row] = []
+    for name, times, ratios in measure(works, baseline, rounds, device):
+        low, high = quantiles(times)
+        ratio_low, ratio_high = quantiles(ratios)
+        made.append(
+            Row(what, name, setting, rounds, statistics.median(times), low, high, baseline,
+                statistics.median(ratios), ratio_low, ratio_high,
+                memory.get(name), hardware(device), versions)
+        )  # fmt: skip
+    return made
+
+
+def quantiles(values: list[float]) -> tuple[float, float]:
+    """The 10 % and 90 % quantiles."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[0], cuts[-1]
+
+
+def hardware(device: str) -> str:
+    """The processor that did the work, and its threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def benchmark_op(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, block_size: int, p: float, rounds: int,
+    device: str, say: Callable[[str], None],
+) -> list[Row]:  # fmt: skip
+    """Forward and backward of every provider on one map."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = (
+        torch.randn(shape, dtype=dtype, device=device)
+        .contiguous(memory_format=memory_format)
+        .requires_grad_()
+    )
+    grad = torch.randn_like(x)
+    works = {}
+    for name, function in providers(p, block_size, device).items():
+        if isinstance(function, str):
+            say(f"{name}: left out, {function}")
+            continue
+        work = partial(forward_backward, function, x, grad)
+        try:
+            work()
+        except Exception as error:  # a peer's fault is a finding, not ours
+            if name.startswith("ours"):
+                raise
+            say(f"{name}: left out, it fails here: {error}")
+            continue
+        works[name] = work
+    setting = (
+        f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+        f"{' channels_last' if channels_last else ''} k={block_size} p={p:g}"
+    )
+    return rows("op", setting, works, BASELINE, rounds, device)
+
+
+def benchmark_train_step(
+    size: tuple[int, int], batch: int, block_size: int, p: float, rounds: int, device: str
+) -> list[Row]:
+    """Training steps of torchvision's RetinaNet R50-FPN with each regularizer at the ``paper`` placement."""
+    from torchvision.models.detection import retinanet_resnet50_fpn
+    from torchvision.ops import DropBlock2d
+
+    torch.manual_seed(0)
+    height, width = size
+    model = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=min(size), max_size=max(size)
+    )
+    model.to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    images = [torch.rand(3, height, width, device=device) for _ in range(batch)]
+    box = torch.tensor([[width * 0.2, height * 0.2, width * 0.6, height * 0.7]], device=device)
+    targets = [{"boxes": box, "labels": torch.tensor([1], device=device)} for _ in range(batch)]
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def regularized_step(make: Callable[[], nn.Module]) -> None:
+        with regularize_(model, make, at="paper"):
+            step()
+
+    works = {
+        "none": step,
+        "ours": lambda: regularized_step(lambda: make_regularizer("dropblock", p, block_size)),
+        "F.dropout": lambda: regularized_step(lambda: make_regularizer("dropout", p)),
+        "torchvision": lambda: regularized_step(lambda: DropBlock2d(p, block_size)),
+    }
+    setting = f"RetinaNet R50-FPN {batch}x3x{height}x{width} {'bfloat16' if device == 'cuda' else 'float32'}"
+    return rows("train-step", f"{setting} k={block_size} p={p:g}", works, "none", rounds, device)
+
+
+def append_csv(path: Path, made: list[Row]) -> None:
+    """Appends rows, with a header when the file is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(made[0])), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in made:
+            numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow(numbers)
+
+
+def latest(path: Path) -> dict[tuple[str, str, str], list[dict[str, str]]]:
+    """The newest row of every provider, by hardware, kind and setting, fastest first."""
+    newest = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            newest[row["hardware"], row["what"], row["setting"], row["provider"]] = row
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for key, row in sorted(newest.items(), key=lambda item: (item[0][:3], float(item[1]["relative"]))):
+        groups.setdefault(key[:3], []).append(row)
+    return groups
+
+
+def markdown(path: Path) -> str:
+    """The newest rows of a CSV as tables."""
+    text = ["# Measured by tools/benchmark.py", ""]
+    text += [
+        "Forward and backward; medians, in brackets the 10 % and 90 % quantiles. 'Relative' is the median of"
+    ]
+    text += [
+        "the ratios within a round, so that a slow minute of the machine slows both sides of a ratio.",
+        "",
+    ]
+    for (machine, what, setting), group in latest(path).items():
+        first = group[0]
+        text += [f"## {what}: {setting}", "", f"{machine}; {first['versions']}; {first['rounds']} rounds", ""]
+        text += [f"| | ms | relative to {first['relative_to']} | peak memory, MiB |", "|---|---|---|---|"]
+        for row in group:
+            took = f"{row['median_ms']} ({row['q10_ms']} – {row['q90_ms']})"
+            ratio = f"{row['relative']} ({row['relative_q10']} – {row['relative_q90']})"
+            text.append(f"| {row['provider']} | {took} | {ratio} | {row['peak_memory_mib']} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def plot(path: Path, picture: Path) -> None:
+    """The newest rows of a CSV as bars, one panel per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = latest(path)
+    heights = [0.32 * len(group) + 0.9 for group in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, ((machine, what, setting), group) in zip(axes[:, 0], groups.items(), strict=True):
+        values = [float(row["relative"]) for row in group]
+        spread = [
+            [max(0.0, v - float(row["relative_q10"])) for v, row in zip(values, group, strict=True)],
+            [max(0.0, float(row["relative_q90"]) - v) for v, row in zip(values, group, strict=True)],
+        ]
+        colours = ["tab:orange" if row["provider"].startswith("ours") else "tab:gray" for row in group]
+        names = [row["provider"] for row in group]
+        axis.barh(
+            names, values, xerr=[[max(0, s) for s in side] for side in spread], color=colours, ecolor="black"
+        )
+        axis.bar_label(axis.containers[1], [f" {v:.2f}" for v in values], padding=4)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{what}: {setting}\n{machine}", fontsize=9, loc="left")
+        axis.set_xlabel(f"time relative to {group[0]['relative_to']} (median; bars: 10 % to 90 % of rounds)")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)

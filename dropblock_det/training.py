@@ -152,6 +152,8 @@ class RetinaNetModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keeps losses and detections of one batch, both from a single forward in eval mode."""
         images, targets = batch
+        if not images:  # this process has a batch less than others, see ValBatches
+            return
         losses, detections = losses_and_detections(self.detector, images, targets)
         ids = [target["image_id"] for target in targets]
         self._validated.append(

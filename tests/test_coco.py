@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
 from dropblock_det.datasets.augment import Augmentation, draw
@@ -12,6 +13,12 @@ from dropblock_det.datasets.coco import CocoDataModule, CocoDataset
 from dropblock_det.datasets.sampling import TrainSampler, ValBatches
 from dropblock_det.errors import InputError
 
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 WINDOW = Augmentation(flip=0.5, scale_jitter=(0.5, 2.0))
 ALL = Augmentation(flip=0.5, scale_jitter=(0.5, 2.0), color_jitter=0.4)
 
@@ -150,8 +157,8 @@ def test_train_sampler_is_a_function_of_seed_and_epoch():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
 def test_val_batches_hold_every_image_once_and_do_not_depend_on_the_ranks(world_size):
     shares = [ValBatches(30, 4, rank, world_size) for rank in range(world_size)]
-    batches = [batch for share in shares for batch in share]
-    assert sum(map(len, shares)) == len(batches)
+    assert len({len(list(share)) for share in shares} | {len(share) for share in shares}) == 1
+    batches = [batch for share in shares for batch in share if batch]
     assert sorted(batches) == list(ValBatches(30, 4))
     assert sorted(index for batch in batches for index in batch) == list(range(30))
 
@@ -259,7 +266,6 @@ def test_data_hash_follows_annotations_and_subset(content, write):
 
 def test_lightning_trains_over_it(content, write):
     """The loaders serve Lightning's own loop, which sets the sampler's epoch."""
-    from lightning.pytorch import LightningModule, Trainer
 
     class Recorder(LightningModule):
         def __init__(self):
@@ -278,8 +284,7 @@ def test_lightning_trains_over_it(content, write):
             return torch.optim.SGD(self.parameters(), 0.1)
 
     data, module = make_data(content, write), Recorder()
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    Trainer(max_epochs=3, use_distributed_sampler=False, num_sanity_val_steps=0, **options).fit(
+    Trainer(max_epochs=3, use_distributed_sampler=False, num_sanity_val_steps=0, **QUIET).fit(
         module, datamodule=data
     )
     for epoch in range(3):
@@ -288,6 +293,45 @@ def test_lightning_trains_over_it(content, write):
         expected = [data.train_dataset.ids[index] for index, _ in sampler]
         assert [image for e, batch in module.orders for image in batch if e == epoch] == expected
     assert module.validated == [3, 7, 9] * 3
+
+
+class Norm(LightningModule):
+    """Has a buffer, which DDP sends from the first process to the others before each step, validation too."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(1)
+        self.folder = folder
+
+    def training_step(self, batch, batch_idx):
+        return self.norm(torch.ones(len(batch[0]) + 1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        for target in batch[1]:
+            with (self.folder / str(self.global_rank)).open("a") as file:
+                print(target["image_id"], file=file)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_validate_every_image_once_and_end_together(world_size, content, write, tmp_path):
+    """Three processes share two batches of validation: one has nothing to do, and still takes part."""
+    data = make_data(content, write)
+    (tmp_path / "seen").mkdir()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy="ddp_fork",
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **QUIET,
+    )
+    trainer.fit(Norm(tmp_path / "seen"), datamodule=data)
+    seen = [int(line) for file in (tmp_path / "seen").iterdir() for line in file.read_text().split()]
+    assert sorted(seen) == [3, 7, 9]
 
 
 def test_real_coco(real_coco):

@@ -62,7 +62,7 @@ BROKEN = {
     "truncated PNG": (encoded(PICTURE, "PNG")[:-300], "truncated"),
     "JPEG header alone": (encoded(PICTURE, "JPEG")[:20], "can't be read as an image"),
     "PNG with a broken checksum": (encoded(PICTURE, "PNG").replace(b"IHDR", b"IHDS"), "can't be read"),
-    "EPS, which would start Ghostscript": (encoded(PICTURE, "EPS"), "can't be read as an image"),
+    "EPS, which would start Ghostscript": (encoded(PICTURE, "EPS"), "cannot identify"),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="30"/>', "can't be read"),
     "32-bit float TIFF": (encoded(PICTURE.convert("F"), "TIFF"), "8 or 16 bit"),
     "32-bit integer TIFF": (encoded(PICTURE.convert("I"), "TIFF"), "8 or 16 bit"),

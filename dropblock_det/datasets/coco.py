@@ -143,8 +143,7 @@ def category_table(coco: COCO) -> list[dict[str, Any]]:
 
 def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Returns (images, targets) as two lists, as torchvision's detectors take them."""
-    images, targets = zip(*items, strict=True)
-    return list(images), list(targets)
+    return [image for image, _ in items], [target for _, target in items]
 
 
 class CocoDataModule(LightningDataModule):
@@ -274,7 +273,7 @@ class CocoDataModule(LightningDataModule):
         return self._loader(self.train_dataset, sampler=sampler, batch_size=self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Item]:
-        """Loads every validation image exactly once over all processes."""
+        """Loads every validation image once over all processes, whose last batch can be empty."""
         batches = ValBatches(len(self.val_dataset), self.batch_size, *self._place())
         return self._loader(self.val_dataset, batch_sampler=batches)
 

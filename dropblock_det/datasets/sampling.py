@@ -46,12 +46,15 @@ def draw_seed(seed: int, epoch: int, index: int) -> int:
 class ValBatches(Sampler[list[int]]):
     """Yields one process's share of the validation batches, every image exactly once over all processes.
 
-    Whole batches are shared out, and a batch holds the same images whatever the number of processes. Images
-    of a batch are padded to a common size, so that detections would otherwise depend on that number.
+    Whole batches are shared out, and a batch holds the same images whatever the number of processes: images
+    of a batch are padded to a common size, so that detections would otherwise depend on that number. Every
+    process gets as many batches as the others, the last one empty where they don't go round: a process that
+    stopped earlier would leave the others waiting for it.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.starts = range(rank * batch_size, size, world_size * batch_size)
+        rounds = -(-size // (world_size * batch_size))
+        self.starts = [(turn * world_size + rank) * batch_size for turn in range(rounds)]
         self.size, self.batch_size = size, batch_size
 
     def __len__(self) -> int:

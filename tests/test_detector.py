@@ -81,10 +81,14 @@ def test_one_forward_leaves_batchnorm_and_mode_alone():
     assert not any(module.training for module in model.modules())
 
 
-def test_from_scratch_the_residual_branches_start_at_zero():
-    blocks = [m for m in build_retinanet(["a"]).modules() if isinstance(m, Bottleneck)]
+def test_from_scratch_branches_start_at_zero_and_heads_keep_the_signal():
+    model = build_retinanet(["a"])
+    blocks = [module for module in model.modules() if isinstance(module, Bottleneck)]
     assert len(blocks) == 16
     assert all(not block.bn3.weight.any() for block in blocks)
+    signal = torch.randn(1, 256, 24, 24)
+    for head in (model.head.classification_head, model.head.regression_head):
+        assert 0.5 < head.conv(signal).square().mean().sqrt() < 2
 
 
 def test_published_rows_are_matched_by_category_name(monkeypatch, stock_weights):

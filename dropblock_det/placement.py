@@ -125,11 +125,9 @@ def find_sites(model: nn.Module, at: Where | Iterable[Where]) -> tuple[str, ...]
         for outer in _parents(inner):
             if outer in chosen and not _joins_input(names[outer]):
                 raise InputError(f"at selects {inner} and {outer}, which contains it: select one of them")
-    first_names: dict[int | str, str] = {}
-    for name in found:
-        module = names[name]
-        first_names.setdefault(name if module is None else id(module), name)
-    return tuple(first_names.values())
+    # A module with two names is one site; a slot has no module and only one name.
+    first = {id(names[name]) if names[name] is not None else name: name for name in reversed(found)}
+    return tuple(name for name in found if name in first.values())
 
 
 def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module | None]]:
@@ -170,16 +168,14 @@ def _preset(model: nn.Module, name: str) -> list[str] | None:
             for site, layer in walk(pyramid, at)
             if _fits(_join(at, path), site)
         ]
-        if not sites:
-            raise _unknown(model, name, "no feature pyramid was found")
-        return sites
-    if name == "head":
+    elif name == "head":
         heads = [(at, module) for at, module in walk(model) if module is not None and _key(module, HEADS)]
         sites = [site for at, module in heads for site in _units(at, module)]
-        if not sites:
-            raise _unknown(model, name, "no head with convolutions before its predictions was found")
-        return sites
-    return None
+    else:
+        return None
+    if not sites:
+        raise _unknown(model, name, "nothing of that kind was found")
+    return sites
 
 
 def _units(name: str, module: nn.Module) -> Iterator[str]:

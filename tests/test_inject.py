@@ -225,7 +225,7 @@ SHARED = nn.Dropout()
 REFUSALS = [
     ("layer5", make, "nearest names are layer4"),
     (["layer4", "layer4.1.bn1"], make, "contains it"),
-    ("fpn", make, "no feature pyramid"),
+    ("fpn", make, "nothing of that kind"),
     ("paper", lambda: 3, "make must return a torch.nn.Module, not int"),
     ("paper", lambda: nn.BatchNorm2d(3), "parameters or buffers"),
     ("paper", lambda: SHARED, "the same module twice"),

@@ -132,12 +132,19 @@ def _(x: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
     return torch.empty_like(mask, dtype=x.dtype) if mask.shape == x.shape else x * mask.to(x.dtype)
 
 
-def draw(x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str) -> tuple[Tensor, Tensor]:
-    """Mask and count for :func:`apply`, the mask in the memory format of ``x``."""
+def flat_shape(x: Tensor, per_channel: bool) -> tuple[tuple[int, int, int, int], bool]:
+    """Planes, H, W and inner of the mask in the memory order of ``x``, and whether it is channels_last."""
     n, c, height, width = x.shape
     c = c if per_channel else 1
-    channels_last = c > 1 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    shape = (n, height, width, c) if channels_last else (n * c, height, width, 1)
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (n, height, width, c) if channels_last else (n * c, height, width, 1), channels_last
+
+
+def draw(x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str) -> tuple[Tensor, Tensor]:
+    """Mask and count for :func:`apply`, the mask in the memory format of ``x``."""
+    shape, channels_last = flat_shape(x, per_channel)
     seed = torch.randint(2**62, (), device=x.device)
     mask, kept = draw_mask(p, seed, shape, block_size, calibration == "exact")
-    return (mask.permute(0, 3, 1, 2) if channels_last else mask.view(n, c, height, width)), kept
+    channels = x.shape[1] if per_channel else 1
+    mask = mask.permute(0, 3, 1, 2) if channels_last else mask.view(-1, channels, *x.shape[2:])
+    return mask, kept

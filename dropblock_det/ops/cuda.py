@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dropblock_det.ops.cpu import flat_shape
 from dropblock_det.ops.reference import block_and_grid
 
 WORDS = 256  # words of 32 bits per program: 8,192 elements
@@ -267,12 +268,7 @@ def draw(
     x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str
 ) -> tuple[Tensor, Tensor, bool, bool]:
     """What :func:`apply` takes after ``x``, the mask in the memory format of ``x``."""
-    n, c, height, width = x.shape
-    channels_last = c > 1 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    if not per_channel:
-        shape = (n, height, width, 1)
-    else:
-        shape = (n, height, width, c) if channels_last else (n * c, height, width, 1)
+    shape, channels_last = flat_shape(x, per_channel)
     seed = torch.randint(2**62, (), device=x.device)
     bits, kept = draw_bits(p, seed, shape, block_size, calibration == "exact")
     return bits, kept, per_channel, channels_last

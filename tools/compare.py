@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
 
 def report(runs: Path, output: Path) -> None:
     result = write_report(runs, output)
-    names = ("loss", "val_loss", "mAP", "AP50", "AP75")
+    names = ("loss", "val_loss", "mAP", "AP50")  # four fit a terminal; the report has all
     table = Table(Column("setting", no_wrap=True), "seeds", *names)
     for row in result.rows:
         figures = (cell(name, row.figures[name].mean, row.figures[name].sd) for name in names)

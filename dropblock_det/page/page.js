@@ -183,7 +183,7 @@ function highlight(setting) {
 
 function drawGaps() {
   const box = $("gap-chart"), width = Math.max(280, box.clientWidth), narrow = width < 640;
-  const rows = settings.map(setting => ({ setting, best: rowOf[setting].figures.gap, last: rowOf[setting].figures.final_gap }));
+  const rows = settings.filter(s => !state.hidden.has(s)).map(setting => ({ setting, best: rowOf[setting].figures.gap, last: rowOf[setting].figures.final_gap }));
   const all = rows.flatMap(r => [...Object.values(r.best.values), ...Object.values(r.last.values)]).concat(0);
   const low = Math.min(...all), high = Math.max(...all) + (Math.max(...all) - low || 1) * .04;
   const left = narrow ? 8 : Math.min(230, 24 + 7.4 * Math.max(...settings.map(s => s.length))), right = 70, step = narrow ? 58 : 42;
@@ -279,7 +279,7 @@ for (const th of document.querySelectorAll("#table thead th")) th.querySelector(
 for (const dot of document.querySelectorAll("[data-swatch]")) dot.style.background = colour(dot.dataset.swatch);
 choices("answer", Object.keys(data.answers).map(name => [name, data.figures[name].title]), v => v === state.answer, v => { state.answer = v; drawForest(); });
 choices("settings", settings.filter(s => data.curves[s]).map(s => [s, s, svg("svg", { width: 26, height: 8 }, svg("line", { x1: 1, x2: 25, y1: 4, y2: 4, style: `stroke:${colour(s)}`, "stroke-width": 3, "stroke-dasharray": dash(s) }))]),
-  s => !state.hidden.has(s), s => { state.hidden.has(s) ? state.hidden.delete(s) : state.hidden.add(s); drawCurves(); });
+  s => !state.hidden.has(s), s => { state.hidden.has(s) ? state.hidden.delete(s) : state.hidden.add(s); drawCurves(); drawGaps(); });
 for (const [i, button] of [...document.querySelector('[data-group="settings"]').children].entries()) {
   const setting = settings.filter(s => data.curves[s])[i];
   button.onmouseenter = button.onfocus = () => highlight(setting);

@@ -1,6 +1,8 @@
 """Measures DropBlock against its peers: on one map (op) or in a RetinaNet's training step (train-step)."""
 
 import argparse
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 2 and 8; op on a CPU 8; train-step 2")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 2; op on a GPU 2 and 8")
     parser.add_argument(
         "--rounds", type=int, help="default: 50 on a GPU, on a CPU 20 (op) or 10 (train-step)"
     )
@@ -40,30 +42,37 @@ def main() -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device here")
     gpu = given.device == "cuda"
-    styles = STYLES if given.p is None else ((given.block_size, given.p),)
-    made = []
-    if given.what == "op":
-        for batch in given.batch or ((2, 8) if gpu else (8,)):
-            for stage in given.stage or (benchmark.STAGES if gpu else (3,)):
-                for dtype in given.dtype or (DTYPES if gpu else DTYPES[:1]):
-                    for block_size, p in styles:
-                        made += benchmark.benchmark_op(
-                            (batch, *benchmark.STAGES[stage]), getattr(torch, dtype), given.channels_last,
-                            block_size, p, given.rounds or (50 if gpu else 20), given.device, print,
-                        )  # fmt: skip
-    else:
-        size = tuple(given.size or ((800, 1088) if gpu else (320, 416)))
-        for batch in given.batch or (2,):
-            for block_size, p in styles:
-                rounds = given.rounds or (50 if gpu else 10)
-                made += benchmark.benchmark_train_step(size, batch, block_size, p, rounds, given.device)
-    for row in made:
-        ratio = f"{row.relative:6.2f} x {row.relative_to}"
-        print(f"{row.setting:44} {row.provider:30} {row.median_ms:9.2f} ms  {ratio}")
-    benchmark.append_csv(given.output, made)
+    for made in settings(given, gpu):
+        for row in made:
+            ratio = f"{row.relative:6.2f} x {row.relative_to}"
+            print(f"{row.setting:44} {row.provider:30} {row.median_ms:9.2f} ms  {ratio}", flush=True)
+        benchmark.append_csv(given.output, made)  # now: a run that is cut short keeps what it has
     given.output.with_suffix(".md").write_text(benchmark.markdown(given.output))
     benchmark.plot(given.output, given.output.with_suffix(".png"))
     print(f"rows appended to {given.output}; table and plot beside it")
+
+
+def settings(given: argparse.Namespace, gpu: bool) -> Iterator[list[benchmark.Row]]:
+    """Measures one setting after the other."""
+    styles = STYLES if given.p is None else ((given.block_size, given.p),)
+    if given.what == "train-step":
+        size = tuple(given.size or ((800, 1088) if gpu else (320, 416)))
+        rounds = given.rounds or (50 if gpu else 10)
+        for batch, (block_size, p) in itertools.product(given.batch or (2,), styles):
+            yield benchmark.benchmark_train_step(size, batch, block_size, p, rounds, given.device)
+        return
+    rounds = given.rounds or (50 if gpu else 20)
+    for batch, stage, dtype, (block_size, p) in itertools.product(
+        given.batch or ((2, 8) if gpu else (2,)),
+        given.stage or (benchmark.STAGES if gpu else (3,)),
+        given.dtype or (DTYPES if gpu else DTYPES[:1]),
+        styles,
+    ):
+        shape = (batch, *benchmark.STAGES[stage])
+        dtype = getattr(torch, dtype)
+        yield benchmark.benchmark_op(
+            shape, dtype, given.channels_last, block_size, p, rounds, given.device, print
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dropblock_det.callbacks import Regularize
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.evaluation import FIGURES
+from dropblock_det.records import write_json, write_text
 from dropblock_det.runs import (
     AtomicCheckpointIO,
     RunRecord,
@@ -25,8 +26,6 @@ from dropblock_det.runs import (
     load_checkpoint,
     newest_checkpoint,
     read_summary,
-    write_json,
-    write_text,
 )
 from dropblock_det.training import RetinaNetModule
 

@@ -11,7 +11,6 @@
 """
 
 import hashlib
-import json
 import math
 import os
 import platform
@@ -31,6 +30,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dropblock_det.errors import InputError
 from dropblock_det.pictures import curves_figure, detections_figure, save
+from dropblock_det.records import read_json, write_json
 
 SHOWN_IMAGES = 8
 SHOWN_DETECTIONS = 50
@@ -166,8 +166,13 @@ class RunRecord(Callback):
         self._images += len(batch[0]) * trainer.world_size
         pl_module.log("data_wait_s", wait, prog_bar=True)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Starts the wait for the next batch."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs float16's loss scale, which falls at an overflow, and starts the wait for the next batch."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            pl_module.log("loss_scale", scaler.get_scale())
         self._batch_end = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,7 +214,7 @@ class RunRecord(Callback):
         if not trainer.is_global_zero or trainer.interrupted:
             return
         save(curves_figure(self.epochs), self.folder / "curves.png")
-        samples = json.loads((self.folder / "val_detections.json").read_text())
+        samples = read_json(self.folder / "val_detections.json")
         save(detections_figure(samples), self.folder / "detections.png")
         self._write(trainer, pl_module, finished=True)
 
@@ -275,20 +280,8 @@ def shown_detections(datamodule: Any, results: list[dict[str, Any]]) -> list[dic
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """Reads a run's ``summary.json``."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    summary: dict[str, Any] = read_json(folder / "summary.json")
     return summary
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _finite(value: Any) -> float | None:

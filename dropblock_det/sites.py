@@ -38,8 +38,8 @@ def list_sites(
         model: As for :func:`~dropblock_det.inject.regularize_`.
         at: As for :func:`~dropblock_det.inject.regularize_`.
         example: What one would call the model with (a tuple: its arguments). If given, the model runs on it
-            once, in eval mode and without gradients, and shapes and shares are listed too. A site that did not
-            run has none.
+            once, in eval mode and without gradients, and shapes and shares are listed too. A site that did
+            not run has none.
         make: What would be put there; its share is computed, not drawn.
 
     Raises:

@@ -19,8 +19,9 @@ datasets.prepare datasets.summary
 datasets.annotations datasets.augment datasets.images datasets.sampling datasets.coco datasets.scenes
 evaluation
 training callbacks
-pictures runs cli
-records comparison report report_figure report_page
+records pictures runs cli
+comparison report report_figure report_page
+benchmark
 """
 LAYERS = ORDER.split()
 

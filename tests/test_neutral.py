@@ -35,7 +35,7 @@ ONE_PER_FAMILY = [
     "fasterrcnn_mobilenet_v3_large_320_fpn", "googlenet", "inception_v3", "keypointrcnn_resnet50_fpn",
     "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "quantized_resnet18",
     "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1",
-    "ssdlite320_mobilenet_v3_large", "vgg11",
+    "ssdlite320_mobilenet_v3_large", "alexnet",
 ]  # fmt: skip
 # Transformers have no conv-norm units: their one convolution, the patch embedding, is named by pattern.
 AT = {"vit_": "conv_proj", "swin_": "features.0.0"}

@@ -115,7 +115,8 @@ def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
         raise InputError(
             f"{path}: missing, so the run there cannot be resumed; give another --output"
         ) from None
-    differences = list(config_differences(before, config))
+    here = {"output": None}  # the folder may have moved
+    differences = list(config_differences({**before, **here}, {**config, **here}))
     if differences:
         raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(differences)}); give another --output"

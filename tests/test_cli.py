@@ -84,7 +84,7 @@ def test_a_finished_run_is_left_alone(run, scenes, monkeypatch, capsys):
 
 
 def test_other_settings_in_the_same_folder_are_refused(run, scenes, monkeypatch):
-    with pytest.raises(InputError, match=r"model.lr: 0.0005 before, 0.1 now"):
+    with pytest.raises(InputError, match=r"model.lr: 0.001 before, 0.1 now"):
         train(arguments(scenes, run, "--model.lr=0.1"), monkeypatch)
 
 

@@ -23,6 +23,7 @@ from dropblock_det.runs import (
     RunRecord,
     check_same_config,
     checkpoint_callbacks,
+    is_finished,
     load_checkpoint,
     newest_checkpoint,
     read_summary,
@@ -61,7 +62,8 @@ class DetectionCLI(LightningCLI):
                 f"{self.output}: cannot be the run's folder ({error.strerror}); give another --output"
             ) from None
         self.resume_from = newest_checkpoint(self.output)
-        if self.resume_from is not None:
+        self.finished = is_finished(self.output)
+        if self.finished or self.resume_from is not None:
             check_same_config(self.output, resolved_config(self.parser, self.config))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -119,7 +121,7 @@ def train(default_config: Path, args: list[str] | None = None) -> None:
         parser_kwargs={"exit_on_error": False, "description": "Trains a detector; see configs/."},
         run=False,
     )
-    if cli.resume_from is None or not read_summary(cli.output)["finished"]:
+    if not cli.finished:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     if cli.trainer.is_global_zero and not cli.trainer.interrupted:
         print_result(cli.output)

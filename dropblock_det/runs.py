@@ -279,6 +279,11 @@ def shown_detections(datamodule: Any, results: list[dict[str, Any]]) -> list[dic
     return samples
 
 
+def is_finished(folder: Path) -> bool:
+    """Returns whether the folder holds a run that came to its end."""
+    return (folder / "summary.json").is_file() and bool(read_summary(folder)["finished"])
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """Reads a run's ``summary.json``."""
     summary: dict[str, Any] = read_json(folder / "summary.json")

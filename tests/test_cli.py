@@ -1,6 +1,7 @@
 """Training and evaluation as a user runs them: arguments in, a run's folder out."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -76,10 +77,12 @@ def test_its_weights_load_into_plain_torchvision(run):
     assert stock.load_state_dict(state, strict=True)
 
 
-def test_a_finished_run_is_left_alone(run, scenes, monkeypatch, capsys):
+def test_a_finished_run_is_left_alone(run, scenes, tmp_path, monkeypatch, capsys):
+    """Also where it was moved to, and without the checkpoints that only a resume needs."""
+    shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("last-*"))
     before = (run / "summary.json").read_bytes()
-    train(arguments(scenes, run), monkeypatch)
-    assert (run / "summary.json").read_bytes() == before
+    train(arguments(scenes, tmp_path / "moved"), monkeypatch)
+    assert (tmp_path / "moved" / "summary.json").read_bytes() == before
     assert "val_loss" in capsys.readouterr().out
 
 

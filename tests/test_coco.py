@@ -260,6 +260,9 @@ def test_data_hash_follows_annotations_and_subset(content, write):
     whole = make_data(content, write).data_hash()
     assert whole == make_data(content, write).data_hash()
     assert whole != make_data(content, write, val_subset=2).data_hash()
+    assert whole == make_data(content, write, seed=5).data_hash()
+    ids = {make_data(content, write, val_subset=2, seed=seed).val_dataset.ids[0] for seed in range(8)}
+    assert len(ids) == 1, "runs with other seeds see the same images"
     content["annotations"][0]["bbox"][0] += 1
     assert whole != make_data(content, write).data_hash()
 

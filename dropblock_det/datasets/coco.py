@@ -161,9 +161,10 @@ class CocoDataModule(LightningDataModule):
         batch_size: Images per batch and process.
         num_workers: Worker processes that load images, per process; 0 loads in the process itself.
         augmentation: Augmentation of the training images.
-        train_subset: Number of training images, drawn with ``seed``; null for all.
-        val_subset: Number of validation images, drawn with ``seed``; null for all.
-        seed: Seed of the subsets, of the order of training images and of their augmentation.
+        train_subset: Number of training images, drawn with ``subset_seed``; null for all.
+        val_subset: Number of validation images, drawn with ``subset_seed``; null for all.
+        subset_seed: Seed of the subsets alone, so that runs with other seeds see the same images.
+        seed: Seed of the order of training images and of their augmentation.
         cache_mb: Keep up to this many MB (per process) of decoded training images in memory; 0 is off.
     """
 
@@ -179,6 +180,7 @@ class CocoDataModule(LightningDataModule):
         augmentation: Augmentation = FLIP,
         train_subset: int | None = None,
         val_subset: int | None = None,
+        subset_seed: int = 0,
         seed: int = 0,
         cache_mb: int = 0,
     ) -> None:
@@ -187,6 +189,7 @@ class CocoDataModule(LightningDataModule):
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
+            ("subset_seed", subset_seed, 0),
             ("cache_mb", cache_mb, 0),
         ):
             if value < least:
@@ -196,7 +199,7 @@ class CocoDataModule(LightningDataModule):
         self.val_images, self.val_annotations = self.root / val_images, self.root / val_annotations
         self.batch_size, self.num_workers, self.seed, self.cache_mb = batch_size, num_workers, seed, cache_mb
         self.augmentation = augmentation
-        self.train_subset, self.val_subset = train_subset, val_subset
+        self.train_subset, self.val_subset, self.subset_seed = train_subset, val_subset, subset_seed
 
     @cached_property
     def train_dataset(self) -> CocoDataset:
@@ -207,7 +210,7 @@ class CocoDataModule(LightningDataModule):
             self.train_images,
             self.augmentation,
             subset=self.train_subset,
-            seed=self.seed,
+            seed=self.subset_seed,
             cache_mb=self.cache_mb,
         )
         del dataset.coco  # a GB for all of COCO, and only validation needs it
@@ -217,7 +220,9 @@ class CocoDataModule(LightningDataModule):
     def val_dataset(self) -> CocoDataset:
         """The validation images, read when first asked for."""
         self._check_root()
-        return CocoDataset(self.val_annotations, self.val_images, subset=self.val_subset, seed=self.seed)
+        return CocoDataset(
+            self.val_annotations, self.val_images, subset=self.val_subset, seed=self.subset_seed
+        )
 
     @property
     def val_coco(self) -> COCO:
@@ -254,7 +259,7 @@ class CocoDataModule(LightningDataModule):
             "val_images": os.path.relpath(self.val_images, self.root),
             "val_annotations": os.path.relpath(self.val_annotations, self.root),
             "val_subset": self.val_subset,
-            "seed": self.seed,
+            "subset_seed": self.subset_seed,
             "batch_size": self.batch_size,
         }
 

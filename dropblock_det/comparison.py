@@ -8,6 +8,7 @@ comparison together.
 """
 
 import fcntl
+import io
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ from dropblock_det.records import (
     read_record,
     record_from_run,
     run_folder,
+    write_bytes,
     write_json,
 )
 
@@ -325,12 +327,11 @@ def _with_thumbnails(root: Path, record: Record) -> Record:
         target = root / "images" / f"{shown['image_id']}.jpg"
         source = Path(shown.get("file", ""))
         if not target.exists() and source.is_file():
-            target.parent.mkdir(exist_ok=True)
-            temporary = target.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+            small = io.BytesIO()
             with Image.open(source) as image:
-                small = image.convert("RGB")
-                small.thumbnail((THUMBNAIL, THUMBNAIL))
-                small.save(temporary, "JPEG", quality=85)
-            temporary.replace(target)
+                copy = image.convert("RGB")
+            copy.thumbnail((THUMBNAIL, THUMBNAIL))
+            copy.save(small, "JPEG", quality=85)
+            write_bytes(target, small.getvalue())
         kept.append({key: value for key, value in shown.items() if key != "file"})
     return Record.from_dict(record.to_dict() | {"detections": kept})

@@ -1,14 +1,12 @@
 """The report as one picture: val_loss and mAP over the epochs, and their differences from the reference."""
 
-import io
 from collections import defaultdict
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dropblock_det.records import REFERENCE, Comparison, write_bytes
+from dropblock_det.records import REFERENCE, Comparison
 from dropblock_det.report import FIGURES, Report
 
 # Okabe and Ito's palette, its yellow darkened; the reference is black.
@@ -77,10 +75,3 @@ def _differences(axes: Axes, report: Report, name: str, colours: dict[str, str])
     axes.set_title(f"{name}: difference from {REFERENCE}, 95 % interval{better}", fontsize=10)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())

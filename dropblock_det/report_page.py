@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dropblock_det import pictures
 from dropblock_det.records import REFERENCE, Comparison, read_comparison, write_json, write_text
 from dropblock_det.report import (
     FIGURES,
@@ -21,7 +22,7 @@ from dropblock_det.report import (
     to_markdown,
     verdict,
 )
-from dropblock_det.report_figure import report_figure, save_figure
+from dropblock_det.report_figure import report_figure
 
 
 def write_report(root: Path, output: Path) -> Report:
@@ -37,7 +38,7 @@ def write_report(root: Path, output: Path) -> Report:
     report = build_report(runs)
     write_text(output / "report.html", render_page(runs, report))
     write_text(output / "report.md", to_markdown(report) + "\n![curves and differences](report.png)\n")
-    save_figure(report_figure(runs, report), output / "report.png")
+    pictures.save(report_figure(runs, report), output / "report.png")
     write_text(output / "report.csv", to_csv(report))
     records = [record.to_dict() | {"detections": None} for record in runs.records]
     write_json(output / "report.json", report.to_dict() | {"records": records})

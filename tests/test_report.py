@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 import pytest
 from synthetic_runs import SETTINGS, invented_record, invented_runs
 
+from dropblock_det import pictures
 from dropblock_det.records import Epoch, Record, read_comparison, run_folder, write_json
 from dropblock_det.report import (
     FIGURES,
@@ -23,7 +24,7 @@ from dropblock_det.report import (
     to_markdown,
     verdict,
 )
-from dropblock_det.report_figure import report_figure, save_figure
+from dropblock_det.report_figure import report_figure
 from dropblock_det.report_page import render_page
 
 
@@ -242,7 +243,7 @@ def test_the_picture_is_drawn_even_of_nothing(tmp_path):
     assert list(differences.get_lines()[0].get_xdata()) == [low, high]
     write_json(tmp_path / "empty/plan.json", {"settings": {"none": {}, "x": {}}, "seeds": [0]})
     runs = read_comparison(tmp_path / "empty")
-    save_figure(report_figure(runs, build_report(runs)), tmp_path / "x.png")
+    pictures.save(report_figure(runs, build_report(runs)), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 

@@ -14,6 +14,13 @@ from dropblock_det.datasets.subset import SPLITS
 
 OFFICIAL = "http://images.cocodataset.org"
 
+PEAK_MB = """
+def peak_mb():
+    # Begins anew with the program; ru_maxrss would start with what its parent, here pytest with torch, held.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
+"""
+
 
 def category_list(count: int) -> list[dict[str, Any]]:
     """Ids with gaps, as COCO's."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from local_coco import one_image, right, server, site  # noqa: F401 (fixtures)
 from PIL import Image
 from tiny_run import arguments, start
 

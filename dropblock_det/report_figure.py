@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dropblock_det.records import REFERENCE, Comparison
-from dropblock_det.report import FIGURES, Report
+from dropblock_det.report import Report
+from dropblock_det.report_statistics import FIGURES
 
 # Okabe and Ito's palette, its yellow darkened; the reference is black.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#B8A700")

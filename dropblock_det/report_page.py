@@ -11,18 +11,10 @@ from typing import Any
 
 from dropblock_det import pictures
 from dropblock_det.records import REFERENCE, Comparison, read_comparison, write_json, write_text
-from dropblock_det.report import (
-    FIGURES,
-    Report,
-    Row,
-    build_report,
-    cell,
-    interval,
-    to_csv,
-    to_markdown,
-    verdict,
-)
+from dropblock_det.report import Report, build_report, to_csv, to_markdown
 from dropblock_det.report_figure import report_figure
+from dropblock_det.report_statistics import FIGURES, Row
+from dropblock_det.report_words import cell, interval, verdict
 
 
 def write_report(root: Path, output: Path) -> Report:

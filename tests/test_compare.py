@@ -1,6 +1,8 @@
+import contextlib
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import random
 import signal
@@ -14,6 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 from synthetic_runs import invented_runs
+from tiny_run import options
 
 from dropblock_det.comparison import Plan, Run, Runner, make_plan, record_plan
 from dropblock_det.errors import InputError
@@ -278,6 +281,27 @@ def test_a_training_that_outlives_its_comparison_is_waited_for(tmp_path):
     assert read_comparison(tmp_path / "runs").absent == ()
 
 
+def states(root: Path) -> set[tuple[Path, int]]:
+    """Every file below ``root`` with the time of its last change."""
+    found = set()
+    for path in root.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a temporary file, renamed just now
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
+def changes_until(process: subprocess.Popen, root: Path, wanted: float = math.inf) -> int:
+    """Waits for that many file changes below ``root``, or for the end of the process; how many it saw."""
+    deadline, seen, before = time.monotonic() + 400, 0, states(root)
+    while seen < wanted and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        now = states(root)
+        seen, before = seen + len(now - before), now
+    assert process.poll() in (None, 0)
+    return seen
+
+
 @pytest.mark.slow
 def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
     """As above, through the tool and with the real RetinaNet; equal to the last digit, on the CPU."""
@@ -286,17 +310,7 @@ def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
     for name in ("none", "dropblock_bs3_kp0.9"):
         source = ROOT / "configs/settings" / f"{name}.yaml"
         (settings / source.name).write_text(source.read_text())
-    tiny = [
-        *(
-            f"--data.root={tmp_path}/scenes",
-            "--data.train_size=8",
-            "--data.val_size=4",
-            "--data.batch_size=4",
-        ),
-        *("--data.num_workers=1", "--model.min_size=64", "--model.max_size=64", "--trainer.max_epochs=4"),
-        *("--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"),
-        "--model.score_thresh=0.005",  # so low that there are detections to compare
-    ]
+    tiny = [*options(tmp_path / "scenes"), "--data.num_workers=1", "--trainer.max_epochs=6"]
 
     def start(root: Path) -> subprocess.Popen:
         arguments = ["run", str(ROOT / "configs/quickstart.yaml"), "--runs", str(root)]
@@ -304,22 +318,22 @@ def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen([*COMPARE, *arguments], start_new_session=True, env=environment)
 
-    begin = time.monotonic()
-    assert start(tmp_path / "calm").wait(400) == 0
-    whole = time.monotonic() - begin
+    # Killed after a random number of file changes, not of seconds: however fast or slow the machine is at
+    # that moment, kills come at every stage, many in the midst of writing, and none after the end.
+    whole = changes_until(start(tmp_path / "calm"), tmp_path / "calm")
     moment = random.Random()
-    moments = sorted(moment.uniform(0.05, 0.45) * whole for _ in range(5))
-    moment.shuffle(moments)
-    for seconds in moments:
+    moments = [(moment.randint(1, whole // 10), moment.uniform(0, 0.3)) for _ in range(5)]
+    for changes, seconds in moments:
         process = start(tmp_path / "killed")
+        changes_until(process, tmp_path / "killed", changes)
         time.sleep(seconds)
         assert process.poll() is None, "it finished before it could be killed"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert start(tmp_path / "killed").wait(600) == 0
     calm = figures(tmp_path / "calm")
-    assert [len(epochs) for epochs in calm.values()] == [4, 4]
-    assert figures(tmp_path / "killed") == calm, f"killed after {moments} s"
+    assert [len(epochs) for epochs in calm.values()] == [6, 6]
+    assert figures(tmp_path / "killed") == calm, f"killed after (changes, seconds) {moments}"
     shown = [
         {(r.setting, r.seed): r.detections for r in read_comparison(tmp_path / name).records}
         for name in ("calm", "killed")

@@ -20,7 +20,7 @@ datasets.annotations datasets.augment datasets.images datasets.sampling datasets
 evaluation
 training callbacks
 records pictures runs cli
-comparison report report_figure report_page
+comparison report_statistics report_words report report_figure report_page
 benchmark
 """
 LAYERS = ORDER.split()

@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -15,17 +16,11 @@ from synthetic_runs import SETTINGS, invented_record, invented_runs
 
 from dropblock_det import pictures
 from dropblock_det.records import Epoch, Record, read_comparison, run_folder, write_json
-from dropblock_det.report import (
-    FIGURES,
-    build_report,
-    paired_difference,
-    t_quantile,
-    to_csv,
-    to_markdown,
-    verdict,
-)
+from dropblock_det.report import build_report, to_csv, to_markdown
 from dropblock_det.report_figure import report_figure
 from dropblock_det.report_page import render_page
+from dropblock_det.report_statistics import FIGURES, paired_difference, t_quantile
+from dropblock_det.report_words import interval, verdict
 
 
 @pytest.mark.parametrize(
@@ -214,6 +209,27 @@ def test_a_reference_that_does_not_overfit_is_said(tmp_path):
         "still improving at its last epoch in 3 of 3" in n
         for n in build_report(read_comparison(tmp_path)).notes
     )
+
+
+def test_an_interval_that_leaves_0_out_is_not_printed_as_0():
+    tiny = paired_difference({0: 2.15e-6, 1: 2.25e-6}, {0: 1e-6, 1: 1e-6})
+    assert tiny.shown
+    assert interval("AP75", tiny) == "+1.2e-06 [+5.6e-07, +1.8e-06]"
+    wide = paired_difference({0: 2e-6, 1: 1.5e-6}, {0: 1e-6, 1: 1e-6})
+    assert interval("AP75", wide) == "+0.0000 [-0.0000, +0.0000]"  # it claims nothing
+    plain = paired_difference({0: 0.2, 1: 0.21}, {0: 0.1, 1: 0.1})
+    assert interval("AP75", plain) == "+0.1050 [+0.0415, +0.1685]"
+    assert interval("AP75", paired_difference({0: 0.2}, {0: 0.1})) == "+0.1000"
+
+
+def test_detectors_that_find_nothing_are_said_to_find_nothing(tmp_path):
+    runs, report = report_of(tmp_path, settings=("none", "dropout"))
+    assert not [note for note in report.notes if "next to nothing" in note]
+    little = [
+        replace(record, epochs=tuple(replace(e, mAP=e.mAP / 100) for e in record.epochs))
+        for record in runs.records
+    ]
+    assert any("mAP of 0.01: these" in note for note in build_report(replace(runs, records=little)).notes)
 
 
 def test_csv_holds_the_unrounded_numbers(tmp_path):

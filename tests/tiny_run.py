@@ -10,16 +10,20 @@ from dropblock_det import cli
 ROOT = Path(__file__).parents[1]
 
 
-def arguments(scenes, output, *more):
-    """A training of four steps that shows everything a long one does."""
+def options(scenes):
+    """For a training of four steps that shows everything a long one does."""
     return [
-        *(f"--output={output}", f"--data.root={scenes}", "--data.train_size=8", "--data.val_size=5"),
-        *("--data.batch_size=4", "--data.num_workers=0", "--model.min_size=64", "--model.max_size=64"),
-        *("--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+        *(f"--data.root={scenes}", "--data.train_size=8", "--data.val_size=5", "--data.batch_size=4"),
+        *("--data.num_workers=0", "--model.min_size=64", "--model.max_size=64", "--trainer.max_epochs=2"),
+        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
         *("--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false"),
         "--model.score_thresh=0.005",  # so low that there are detections after four steps
-        *more,
     ]
+
+
+def arguments(scenes, output, *more):
+    """The same with a folder to write to."""
+    return [f"--output={output}", *options(scenes), *more]
 
 
 def train(args, monkeypatch):

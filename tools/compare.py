@@ -19,8 +19,9 @@ from rich.table import Column, Table
 from dropblock_det.comparison import Run, Runner, epochs_done, make_plan, record_plan
 from dropblock_det.errors import InputError, run_tool
 from dropblock_det.records import Record, read_comparison, run_folder
-from dropblock_det.report import FIGURES, cell
 from dropblock_det.report_page import write_report
+from dropblock_det.report_statistics import FIGURES
+from dropblock_det.report_words import cell
 
 ROOT = Path(__file__).parents[1]
 TRAINING = [sys.executable, str(ROOT / "tools/train.py")]

@@ -14,11 +14,13 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 from torch.jit import ScriptModule
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from dropblock_det.errors import InputError
-from dropblock_det.placement import Where, find_sites, walk
+from dropblock_det.layers import DropBlock2d
+from dropblock_det.placement import Where, find_sites, is_channels_last, walk
 
 
 def regularize_(
@@ -35,14 +37,16 @@ def regularize_(
             or any module without parameters or buffers that maps a tensor to one of its shape; called in
             training mode only.
         at: A preset, a dotted pattern, a filter or a list of these, see
-            :func:`~dropblock_det.placement.find_sites`.
+            :func:`~dropblock_det.placement.find_sites`. ``DropBlock2d`` and ``nn.Dropout2d`` need sites with
+            ``(N, C, H, W)`` outputs. Those of torchvision's transformers that have others are refused; in
+            networks that are not torchvision's, only ``nn.Linear`` and ``nn.LayerNorm`` are.
 
     Returns:
         The handle that lists the sites, sets ``p`` and removes the regularizers; also a context manager.
 
     Raises:
         InputError: No match, a match inside another, a site that is regularized already or that cannot be, or
-            ``make`` returns something unfit.
+            ``make`` returns something unfit for the site.
     """
     sites = find_sites(model, at)
     modules = dict(walk(model))
@@ -51,6 +55,8 @@ def regularize_(
     regularizers = [_check_regularizer(make()) for _ in sites]
     if len({id(regularizer) for regularizer in regularizers}) < len(sites):
         raise InputError("make returned the same module twice: it must build a new one on each call")
+    for site, regularizer in zip(sites, regularizers, strict=True):
+        check_layout(site, modules, regularizer)
     for site, regularizer in zip(sites, regularizers, strict=True):
         module = modules[site]
         if module is None:
@@ -63,8 +69,28 @@ def regularize_(
             regularizer.to(near.device)
         stock_class: Any = type(module)
         module.__class__ = regularized(stock_class)
-        module.regularizer = regularizer.train(module.training)
+        # Of a batch norm whose statistics are frozen, see Regularized.eval, the block's mode tells more.
+        block = model.get_submodule(site.rpartition(".")[0]) if isinstance(module, _BatchNorm) else module
+        module.regularizer = regularizer.train(block.training)
     return RegularizerHandle(model, sites)
+
+
+def check_layout(site: str, modules: dict[str, nn.Module | None], regularizer: nn.Module) -> None:
+    """Refuses a regularizer of ``(N, C, H, W)`` maps at a site that is known to put out something else.
+
+    Args:
+        site: A name in ``modules``.
+        modules: All of :func:`~dropblock_det.placement.walk`.
+        regularizer: What ``make`` returned for the site.
+
+    Raises:
+        InputError: The channels are the last dimension there.
+    """
+    if isinstance(regularizer, (DropBlock2d, nn.Dropout2d)) and is_channels_last(modules, site):
+        raise InputError(
+            f"{site} has its channels in the last dimension and {type(regularizer).__name__} needs"
+            " (N, C, H, W): name another site, such as a convolution, or use nn.Dropout"
+        )
 
 
 def handle_of(model: nn.Module) -> "RegularizerHandle":
@@ -151,6 +177,16 @@ class Regularized(nn.Module):
             tracer: Any = y.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self.regularizer), (y,), {})
         return self.regularizer(y)
+
+    def eval(self) -> Any:
+        """Of a batch norm: stops its running statistics, as people freeze them, and not its regularizer.
+
+        ``eval()`` of any module around it comes here as ``train(False)`` and stops the regularizer too.
+        """
+        if not isinstance(self, _BatchNorm):
+            return super().eval()
+        self.training = False
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class exists in this process only: a copy or an unpickled module makes it anew.

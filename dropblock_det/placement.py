@@ -90,6 +90,17 @@ HEADS = {
     "segmentation.lraspp.LRASPPHead",
 }
 
+# Names below a block whose outputs are tokens or (N, H, W, C) maps. Every nn.Linear's and nn.LayerNorm's are.
+CHANNELS_LAST: dict[str, str] = {
+    "swin_transformer.SwinTransformer": r"features\.0\.1",
+    "swin_transformer.SwinTransformerBlock": r".*",
+    "swin_transformer.PatchMerging": r".*",
+    "swin_transformer.PatchMergingV2": r".*",
+    "maxvit.PartitionAttentionLayer": r".+",  # what it returns is a (N, C, H, W) map again
+    "convnext.CNBlock": r"block\.[1-5]",
+    "vision_transformer.Encoder": r".*",
+}
+
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.Mish)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
@@ -142,6 +153,26 @@ def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module | N
     block = _lookup(BLOCKS, module)
     if block and block.skip and getattr(module, block.skip) is None:
         yield _join(name, block.skip), None
+
+
+def is_channels_last(modules: dict[str, nn.Module | None], site: str) -> bool:
+    """Whether a site's output is known to have its channels in the last dimension.
+
+    Args:
+        modules: All of :func:`walk`.
+        site: A name in it.
+    """
+    module = modules[site]
+    if isinstance(module, nn.LayerNorm):  # torchvision's LayerNorm2d has a forward of its own
+        return len(module.normalized_shape) == 1 and type(module).forward is nn.LayerNorm.forward
+    if isinstance(module, nn.Linear):
+        return True
+    for holder in ("", *_parents(site), site):
+        block = modules[holder]
+        inside = _lookup(CHANNELS_LAST, block) if block is not None else None
+        if inside and re.fullmatch(inside, site[len(holder) :].removeprefix(".")):
+            return True
+    return False
 
 
 def runs_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropblock_det.inject import regularize_
+from dropblock_det.inject import check_layout, regularize_
 from dropblock_det.layers import DropBlock2d
 from dropblock_det.ops.reference import expected_drop_share, seed_probability
-from dropblock_det.placement import Where, find_sites
+from dropblock_det.placement import Where, find_sites, walk
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ def list_sites(
         InputError: As for :func:`~dropblock_det.inject.regularize_`.
     """
     names = find_sites(model, at)
+    regularizer, modules = make(), dict(walk(model))
+    for name in names:
+        check_layout(name, modules, regularizer)
     if example is None:
         shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
     else:
         shapes = _shapes(model, names, example)
-    regularizer = make()
     return [
         Site(
             name, _kind(model, name), tuple(shapes[name]), tuple(_share(regularizer, s) for s in shapes[name])

@@ -259,6 +259,74 @@ def test_sites_that_would_be_silently_off_are_refused(at, message):
         regularize_(PATCHED, make, at=at)
 
 
+@pytest.mark.parametrize(
+    ("builder", "at"),
+    [
+        ("swin_t", "features.1.*"),
+        ("swin_t", "features.1.0.mlp"),
+        ("swin_t", "norm"),
+        ("vit_b_16", "encoder.layers.*"),
+        ("maxvit_t", "blocks.3.layers.0.layers.grid_attention.mlp_layer"),
+        ("resnet18", "fc"),
+    ],
+)
+def test_dropblock_across_channels_is_refused(builder, at):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(builder, weights=None)
+    before = repr(model)
+    for maker in (make, nn.Dropout2d):
+        with pytest.raises(InputError, match=r"channels in the last dimension .* use nn\.Dropout"):
+            regularize_(model, maker, at)
+    assert repr(model) == before
+    regularize_(model, nn.Dropout, at)
+
+
+@pytest.mark.parametrize(
+    ("builder", "at"),
+    [
+        ("swin_t", "permute"),
+        ("maxvit_t", "blocks.3.layers.0.layers.grid_attention"),
+        ("convnext_tiny", "features.0.1"),
+    ],
+)
+def test_maps_with_channels_first_are_not_refused(builder, at):
+    model = torchvision.models.get_model(builder, weights=None)
+    (site,) = regularize_(model, make, at).sites
+    with torch.no_grad():
+        shapes = []
+        model.get_submodule(site).regularizer.register_forward_hook(
+            lambda *args: shapes.append(args[2].shape)
+        )
+        model.train()(torch.rand(2, 3, 224, 224))
+    assert [tuple(shape[2:]) for shape in shapes] == [
+        {"permute": (7, 7), "features.0.1": (56, 56)}.get(at, (7, 7))
+    ]
+
+
+def test_freezing_a_batch_norm_does_not_switch_its_regularizer_off(resnet, x):
+    """The loop that people freeze statistics with, before and after regularizing."""
+
+    def freeze(model):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+    stock = copy.deepcopy(resnet).train()
+    freeze(resnet.train()), freeze(stock)
+    handle = regularize_(resnet, make)
+    modes = lambda: {resnet.get_submodule(site).regularizer.training for site in handle.sites}  # noqa: E731
+    assert modes() == {True}
+    freeze(resnet.train())
+    assert modes() == {True}
+    before = state(resnet)
+    assert not torch.equal(resnet(x), stock(x))
+    assert_same_state(resnet, before)
+    for module in (resnet.layer3, resnet.layer4):  # and eval() of what is around the norms does
+        module.eval()
+    assert modes() == {False}
+    assert torch.equal(resnet(x), stock(x))
+
+
 def through_torch_save(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)

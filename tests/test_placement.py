@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from dropblock_det.errors import InputError
-from dropblock_det.placement import find_sites
+from dropblock_det.placement import find_sites, is_channels_last, runs_in_order, walk
 from dropblock_det.torchvision_models import build_without_weights
 
 
@@ -121,6 +121,36 @@ def test_an_unknown_network_is_told_how_to_name_sites():
             InputError, match=r"a pattern such as '0' or by a filter \(name, module\) -> bool"
         ):
             find_sites(model, preset)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "swin_v2_t"])
+def test_transformers_have_no_paper_placement_and_the_error_names_a_site_that_works(name):
+    model = build(name)
+    for preset in ("paper", "stage3"):
+        with pytest.raises(
+            InputError, match=f"at='{preset}': no stages are known for \\w+Transformer"
+        ) as error:
+            find_sites(model, preset)
+        assert "\n" not in str(error.value)
+        (suggested,) = find_sites(model, str(error.value).split("such as '")[1].split("'")[0])
+        assert isinstance(model.get_submodule(suggested), nn.Conv2d)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "convnext_tiny"])
+def test_channels_last_is_said_of_the_maps_that_are(name):
+    """The maps of a small image are at most 16 x 16 and have 96 channels or more, so shapes tell."""
+    model = build(name)
+    modules, shapes = dict(walk(model)), {}
+    for site, module in modules.items():
+        if not runs_in_order(module) and site:
+            module.register_forward_hook(lambda *args, site=site: shapes.update({site: args[2].shape}))
+    model.eval()(torch.rand(2, 3, 64, 64, device=next(model.parameters()).device))
+    maps = {site: shape for site, shape in shapes.items() if len(shape) == 4 and shape[0] == 2}
+    assert len(maps) > 50
+    assert {site: is_channels_last(modules, site) for site in maps} == {
+        site: shape[-1] > shape[1] for site, shape in maps.items()
+    }
+    assert {True, False} <= {shape[-1] > shape[1] for shape in maps.values()}
 
 
 # One block of each family: (builder, the block's name, its sites, all of them in "paper").

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+from dropblock_det.errors import InputError
 from dropblock_det.inject import regularize_
 from dropblock_det.layers import DropBlock2d
 from dropblock_det.placement import find_sites
@@ -48,6 +49,14 @@ def test_what_list_sites_names_can_be_regularized():
     model = torchvision.models.mobilenet_v3_small(weights=None)
     names = [site.name for site in list_sites(model)]
     assert list(regularize_(model, DropBlock2d, at=names).sites) == names
+
+
+def test_what_would_be_refused_is_refused_here_too():
+    model = torchvision.models.swin_t(weights=None)
+    with pytest.raises(InputError, match=r"features\.1\.0 has its channels in the last dimension"):
+        list_sites(model, "features.1.*")
+    (site,) = list_sites(model, "features.1.0", torch.rand(1, 3, 64, 64), nn.Dropout)
+    assert site.shapes == ((1, 16, 16, 96),)
 
 
 def test_a_head_lists_one_map_per_level():

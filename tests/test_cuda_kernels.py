@@ -155,7 +155,9 @@ def test_operators_pass_opcheck():
     ]:
         torch.library.opcheck(cuda.draw_bits, (p, seed, shape, 3, channels_last))
         bits, kept = cuda.draw_bits(p, seed, shape, 3, False)
-        torch.library.opcheck(cuda.apply, (torch.randn(2, 3, 9, 7), bits, kept, per_channel, channels_last))
+        torch.library.opcheck(
+            cuda.apply_bits, (torch.randn(2, 3, 9, 7), bits, kept, per_channel, channels_last)
+        )
 
 
 @compiled
@@ -172,7 +174,7 @@ def test_every_kernel_compiles_for_hopper():
     variants = [
         *[(cuda._prepare, "i32", {"EXACT": exact, "COVER": 8}) for exact in (False, True)],
         *[(cuda._draw_seeds, "i32", {"INDEX": index, "RUNS": 2, "WORDS": 256}) for index in (i32, i64)],
-        *[(cuda._spread, "i32", {"COUNT": count, "WORDS": 256}) for count in (False, True)],
+        *[(cuda._spread, "i32", {"LENGTH": 7, "COUNT": count, "WORDS": 256}) for count in (False, True)],
         *[
             (
                 cuda._scale,

@@ -96,14 +96,15 @@ def test_half_precision_does_not_overflow_the_count(path):
 def test_output_and_gradient(path, dtype, tolerance, per_channel, memory_format):
     """One rounding at most: 2**-11 in float16 and 2**-8 in bfloat16, relative."""
     torch.manual_seed(2)
-    x = torch.randn(3, 6, 13, 17, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    x = torch.rand(3, 6, 13, 17, dtype=dtype).add(0.5)  # none is 0: zeros in y are dropped
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
     y = drop_block2d(x, 0.3, 4, per_channel=per_channel)
     kept = (y != 0) if per_channel else (y != 0).any(1, keepdim=True).expand_as(y)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=memory_format)
     scale = 1 / kept.double().mean()
     torch.testing.assert_close(y.double(), x.double() * kept * scale, rtol=tolerance, atol=0)
-    grad = torch.randn_like(y)
+    grad = torch.rand_like(y).add(0.5)  # tiny numbers are subnormal in float16
     (found,) = torch.autograd.grad(y, x, grad)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), grad.double() * kept * scale, rtol=tolerance, atol=0)
@@ -261,14 +262,16 @@ def test_compiled_without_break_or_recompilation(path, backend):
 
 def test_operators_pass_opcheck():
     p, seed = torch.tensor(0.3), torch.tensor(5)
-    torch.library.opcheck(cpu.draw_mask, (p, seed, (6, 9, 7, 1), 3, True))
-    mask, kept = cpu.draw_mask(p, seed, (6, 9, 7, 1), 3, False)
-    torch.library.opcheck(cpu.apply, (torch.randn(2, 3, 9, 7), mask.view(2, 3, 9, 7), kept))
-    mask, kept = cpu.draw_mask(p, seed, (2, 9, 7, 3), 3, False)
-    x = torch.randn(2, 3, 9, 7).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(cpu.apply, (x, mask.permute(0, 3, 1, 2), kept))
-    mask, kept = cpu.draw_mask(p, seed, (2, 9, 7, 1), 3, False)
-    torch.library.opcheck(cpu.apply, (x, mask.view(2, 1, 9, 7), kept))
+    for shape, per_channel, channels_last in [
+        ((6, 9, 7, 1), True, False),
+        ((2, 9, 7, 3), True, True),
+        ((2, 9, 7, 1), False, False),
+        ((2, 9, 7, 1), False, True),
+    ]:
+        torch.library.opcheck(cpu.count_kept, (p, seed, shape, 3, channels_last))
+        gamma, kept = cpu.count_kept(p, seed, shape, 3, False)
+        x = torch.randn(2, 3, 9, 7)
+        torch.library.opcheck(cpu.apply_seed, (x, seed, gamma, kept, 3, per_channel, channels_last))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01, cpu.DENSE - 0.01, cpu.DENSE + 0.01, 0.7, 1.0])
@@ -277,23 +280,23 @@ def test_operators_pass_opcheck():
 def test_cpu_mask_is_the_references_bit_for_bit(shape, block_size, gamma):
     planes, height, width, inner = shape
     _, _, grid_h, grid_w = reference.block_and_grid(height, width, block_size)
-    generator = torch.Generator().manual_seed(8)
-    seeds = cpu.draw_seeds(planes, height, width, inner, block_size, gamma, generator)
-    assert seeds.sum() == seeds[:, :grid_h, :grid_w].sum()  # none where a block does not fit
-    grid = seeds[:, :grid_h, :grid_w].permute(0, 3, 1, 2).bool()
-    expected = reference.mask_from_seeds(grid, block_size, height, width).permute(0, 2, 3, 1)
-    assert torch.equal(cpu.mask_from_seeds(seeds, block_size).bool(), expected)
+    grid = torch.zeros(planes, grid_h, grid_w, inner, dtype=torch.bool)
+    seeds = cpu.draw_seeds(grid.numel(), gamma, torch.Generator().manual_seed(8))
+    grid.view(-1)[seeds.long()] = True
+    expected = reference.mask_from_seeds(grid.permute(0, 3, 1, 2), block_size, height, width)
+    corners = cpu.draw_corners(gamma, 8, shape, block_size)
+    assert torch.equal(~cpu.mask_from_corners(corners, shape, block_size), expected.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("gamma", [1e-5, 0.01, 0.2, 0.9])
-def test_sparse_positions_are_bernoulli(gamma):
+def test_seeds_are_bernoulli(gamma):
     """Count and gaps: 40,000 successes expected, so a standard error of 0.5 %; four of them are allowed."""
     count = int(40_000 / gamma)
-    positions = cpu.draw_positions(count, gamma, torch.Generator().manual_seed(9))
-    assert positions.min() >= 0
-    assert positions.max() < count
-    assert (positions.diff() >= 1).all()
-    assert len(positions) == pytest.approx(40_000, rel=4 * 0.005)
-    assert (positions < count / 2).double().mean() == pytest.approx(0.5, abs=4 * 0.0025)
-    neighbours = (positions.diff() == 1).double().mean()
+    seeds = cpu.draw_seeds(count, gamma, torch.Generator().manual_seed(9))
+    assert seeds.min() >= 0
+    assert seeds.max() < count
+    assert (seeds.diff() >= 1).all()
+    assert len(seeds) == pytest.approx(40_000, rel=4 * 0.005)
+    assert (seeds < count / 2).double().mean() == pytest.approx(0.5, abs=4 * 0.0025)
+    neighbours = (seeds.diff() == 1).double().mean()
     assert neighbours == pytest.approx(gamma, abs=4 * (gamma * (1 - gamma) / 40_000) ** 0.5)

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropblock_det.ops.cpu import flat_shape
+from dropblock_det.ops.cpu import is_channels_last, mask_shape, memory_format
 from dropblock_det.ops.reference import block_and_grid
 
+APPLY = "apply_bits"  # the operator that takes the input and what `draw` returns
 WORDS = 256  # words of 32 bits per program: 8,192 elements
 
 
@@ -100,7 +101,7 @@ def _draw_seeds(
         bits, left = _place(bits, left, random1)
         bits, left = _place(bits, left, random2)
         bits, left = _place(bits, left, random3)
-    bits = tl.where((count > 16) != (gamma > 0.5), ~bits, bits)
+    bits = tl.where((count > 16) != (gamma > 0.5), bits ^ 0xFFFFFFFF, bits)
 
     # Where a block fits: the first grid_row bits of a row, of the first grid_h rows of a plane.
     first = word * 32
@@ -122,12 +123,15 @@ def _draw_seeds(
 
 
 @triton.jit
-def _spread(from_ptr, to_ptr, kept_ptr, words, step, length, COUNT: tl.constexpr, WORDS: tl.constexpr):
-    """ORs the bits with themselves shifted by step, 2 step, ... (length - 1) step; counts the set ones."""
+def _spread(
+    from_ptr, to_ptr, kept_ptr, words, step,
+    LENGTH: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """ORs the bits with themselves shifted by step, 2 step, ... (LENGTH - 1) step; counts the set ones."""
     word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     bits = tl.zeros([WORDS], tl.uint32)
     shift = tl.zeros([], tl.int64)
-    for _ in range(length):
+    for _ in range(LENGTH):
         source = word - shift // 32
         high = tl.load(from_ptr + source, (source >= 0) & (source < words), 0).to(tl.uint32, bitcast=True)
         low = tl.load(from_ptr + source - 1, (source >= 1) & (source <= words), 0).to(tl.uint32, bitcast=True)
@@ -226,13 +230,13 @@ def spread_seeds(seeds: Tensor, kept: Tensor, shape: Sequence[int], block_size: 
     words = seeds.numel()
     grid = (triton.cdiv(words, WORDS),)
     rows, blocks = torch.empty_like(seeds), torch.empty_like(seeds)
-    _spread[grid](seeds, rows, kept, words, inner, kw, COUNT=False, WORDS=WORDS)
-    _spread[grid](rows, blocks, kept, words, width * inner, kh, COUNT=True, WORDS=WORDS)
+    _spread[grid](seeds, rows, kept, words, inner, LENGTH=kw, COUNT=False, WORDS=WORDS)
+    _spread[grid](rows, blocks, kept, words, width * inner, LENGTH=kh, COUNT=True, WORDS=WORDS)
     return blocks
 
 
 @torch.library.custom_op("dropblock_det::apply_bits", mutates_args=())
-def apply(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_last: bool) -> Tensor:
+def apply_bits(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_last: bool) -> Tensor:
     """``x * mask / kept share``.
 
     Args:
@@ -242,7 +246,7 @@ def apply(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_las
         per_channel: whether the mask has the channels of ``x`` or one for all.
         channels_last: whether the mask, and so the result, is in that memory format.
     """
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    x = x.contiguous(memory_format=memory_format(channels_last))
     y = torch.empty_like(x)
     _, channels, height, width = x.shape
     elements = x.numel()
@@ -257,18 +261,17 @@ def apply(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_las
     return y
 
 
-@apply.register_fake
+@apply_bits.register_fake
 def _(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_last: bool) -> Tensor:
-    return torch.empty_like(
-        x, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    return torch.empty_like(x, memory_format=memory_format(channels_last))
 
 
 def draw(
     x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str
 ) -> tuple[Tensor, Tensor, bool, bool]:
-    """What :func:`apply` takes after ``x``, the mask in the memory format of ``x``."""
-    shape, channels_last = flat_shape(x, per_channel)
+    """What :func:`apply_bits` takes after ``x``, the mask in the memory format of ``x``."""
+    channels_last = is_channels_last(x)
+    shape = mask_shape(x, per_channel, channels_last)
     seed = torch.randint(2**62, (), device=x.device)
     bits, kept = draw_bits(p, seed, shape, block_size, calibration == "exact")
     return bits, kept, per_channel, channels_last

@@ -62,7 +62,7 @@ def make_plan(base: Path, settings: Path, seeds: Sequence[int], overrides: Seque
     """Takes every ``*.yaml`` of the folder ``settings`` as a setting.
 
     Raises:
-        InputError: a missing or broken file, no ``none.yaml``, no seed or one given twice.
+        InputError: a missing or broken file, no ``none.yaml``, no seed, one given twice or out of range.
     """
     found = {path.stem: path for path in sorted(settings.glob("*.yaml"))}
     if REFERENCE not in found:
@@ -71,6 +71,9 @@ def make_plan(base: Path, settings: Path, seeds: Sequence[int], overrides: Seque
         _read_yaml(path)
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"--seeds {' '.join(map(str, seeds))}: give at least one seed, and each one once")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed {seed}: give whole numbers from 0 to {2**32 - 1}")
     return Plan(base, {REFERENCE: found[REFERENCE], **found}, tuple(seeds), tuple(overrides))
 
 
@@ -112,7 +115,7 @@ def record_plan(root: Path, plan: Plan) -> None:
             if changed:
                 raise InputError(
                     f"{root}: holds a comparison with another {', another '.join(changed)}; give another "
-                    "--runs folder, for results of different configs must not be mixed"
+                    "--runs folder or remove this one, for results of different configs must not be mixed"
                 )
             new["settings"] = {**old["settings"], **new["settings"]}
             new["seeds"] = sorted({*old["seeds"], *new["seeds"]})

@@ -117,6 +117,8 @@ def test_other_configs_do_not_mix(tmp_path):
         (lambda b, s: (s / "none.yaml").unlink(), [0], "holds no none.yaml"),
         (lambda b, s: None, [], "at least one seed"),
         (lambda b, s: None, [1, 1], "each one once"),
+        (lambda b, s: None, [0, -1], "seed -1: give whole numbers from 0 to 4294967295"),
+        (lambda b, s: None, [2**32], "seed 4294967296: give"),
     ],
 )
 def test_wrong_plans_are_input_errors(tmp_path, break_it, seeds, words):
@@ -371,10 +373,15 @@ def test_ctrl_c_ends_the_training_and_writes_no_record(tmp_path):
         (["run", "--only", "none"], "--only SETTING and --seed S go together"),
         (["run", "--only", "nine", "--seed", "0"], "no such setting; there are none, "),
         (["run", "--devices", "gpu"], "--devices gpu: give GPU numbers or cpu"),
+        (["run", "--devices", "cpu", "99"], "--devices 99: "),
+        (["run", "--seeds", "-1"], "seed -1: give whole numbers"),
+        (["run", "--runs", "/proc/no"], "/proc/no: No such file or directory; choose a folder"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
-    result = subprocess.run([*COMPARE, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    result = subprocess.run(
+        [*COMPARE, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60
+    )
     assert result.returncode == 2
     assert words in result.stderr
     assert result.stderr.startswith("error: ")
@@ -426,6 +433,21 @@ def test_a_failed_run_is_told_and_shows_in_the_exit_status(tool, tmp_path, capsy
         tool("run", base, "--runs", tmp_path / "runs", "--settings", settings, "--seeds", 0)
     assert caught.value.code == 1
     assert "the loss is [not] finite (exit status 2)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_report_that_cannot_be_read_or_written_is_one_line(tool, tmp_path, line_of):
+    root = invented_runs(tmp_path / "runs", settings=("none", "dropout"))
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/no")):
+        assert "; choose a folder that you may write to" in line_of(
+            lambda output=output: tool("report", root, "--output", output)
+        )
+    record = run_folder(root, "dropout", 1) / "record.json"
+    for content in (record.read_text()[:500], "", "[]", "{}"):
+        record.write_text(content)
+        assert "dropout/seed1/record.json: not " in line_of(lambda: tool("report", root))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_report_is_rebuilt_from_records_alone(tmp_path):

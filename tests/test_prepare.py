@@ -254,8 +254,18 @@ def test_tool_from_start_to_end(tmp_path, site):
         (["--mirror", "ftp://x"], "mirror: 'ftp://x' is no plain http"),
         (["--verify"], "no such manifest"),
         (["--from-manifest", "nothing.json"], "no such manifest"),
+        (["--from-manifest", "/"], "/: cannot be read: Is a directory"),
         (["--source", "nowhere"], "not there; --source takes the folder"),
+        (["--train", "0", "--val", "0"], "nor both 0"),
+        (["--source", "nowhere", "--train", "9" * 30], "not there"),
     ],
 )
 def test_tool_refuses_in_one_line(tmp_path, arguments, message):
     assert message in one_error_line(run_tool(*arguments, "--out", tmp_path / "coco"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_was_there_stays(tmp_path):
+    (tmp_path / "coco").mkdir()
+    one_error_line(run_tool("--source", "nowhere", "--out", tmp_path / "coco"))
+    assert [path.name for path in tmp_path.iterdir()] == ["coco"]

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from dropblock_det.comparison import Run, Runner, epochs_done, make_plan, record_plan
-from dropblock_det.errors import InputError, run_tool
+from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.records import Record, read_comparison, run_folder
 from dropblock_det.report_page import write_report
 from dropblock_det.report_statistics import FIGURES
@@ -58,12 +58,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def check_devices(devices: list[str | None]) -> None:
+    for device in devices:
+        if device in (None, "cpu"):
+            continue
+        if not device.isdecimal():
+            raise InputError(f"--devices {device}: give GPU numbers or cpu")
+        from torch.cuda import device_count
+
+        if int(device) >= device_count():  # else that training would go on on the CPU
+            raise InputError(f"--devices {device}: {device_count()} GPUs here, numbered from 0; or give cpu")
+
+
 def run(options: argparse.Namespace) -> None:
     if (options.only is None) != (options.seed is None):
         raise InputError("--only SETTING and --seed S go together")
-    for device in options.devices:
-        if device is not None and device != "cpu" and not device.isdecimal():
-            raise InputError(f"--devices {device}: give GPU numbers or cpu")
+    check_devices(options.devices)
     plan = make_plan(
         options.config,
         options.settings,
@@ -73,7 +83,8 @@ def run(options: argparse.Namespace) -> None:
     if options.only is not None and options.only not in plan.settings:
         raise InputError(f"--only {options.only}: no such setting; there are {', '.join(plan.settings)}")
     root = options.runs or Path("runs") / f"compare_{options.config.stem}"
-    record_plan(root, plan)
+    with disk_errors(root):
+        record_plan(root, plan)
     chosen = [Run(s, seed) for seed in plan.seeds for s in plan.settings if options.only in (None, s)]
 
     def told(run: Run, record: Record) -> None:
@@ -102,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
                 )
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
-        runner.work(tick)
+        with disk_errors(root):
+            runner.work(tick)
         tick()
     report(root, root / "report")
     if {Run(absent.setting, absent.seed) for absent in read_comparison(root).absent} & {*chosen}:
@@ -110,7 +122,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(runs: Path, output: Path) -> None:
-    result = write_report(runs, output)
+    with disk_errors(output):
+        result = write_report(runs, output)
     names = ("loss", "val_loss", "mAP", "AP50")  # four fit a terminal; the report has all
     table = Table(Column("setting", no_wrap=True), "seeds", *names)
     for row in result.rows:

@@ -12,10 +12,10 @@ from rich.table import Table
 
 from dropblock_det.datasets.download import Network
 from dropblock_det.datasets.manifest import Manifest, read_manifest
-from dropblock_det.datasets.prepare import MANIFEST, annotations_file, disk_errors, prepare, verify
+from dropblock_det.datasets.prepare import MANIFEST, annotations_file, prepare, verify
 from dropblock_det.datasets.subset import Options
 from dropblock_det.datasets.summary import SIZES, Summary, plot, summarize
-from dropblock_det.errors import InputError, run_tool
+from dropblock_det.errors import InputError, disk_errors, run_tool
 
 
 def parse() -> argparse.Namespace:

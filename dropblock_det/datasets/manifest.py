@@ -86,6 +86,8 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest(Options(**options), parts)
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such manifest") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; give a manifest.json") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: no manifest of a subset: {error!r}") from error
 

@@ -34,7 +34,7 @@ from dropblock_det.datasets.subset import (
     read_contents,
     read_images,
 )
-from dropblock_det.errors import InputError
+from dropblock_det.errors import InputError, disk_errors
 
 MANIFEST = "manifest.json"
 
@@ -139,20 +139,12 @@ def check_image(data: bytes, image: Image) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """What the disk refuses is the user's to solve: one line."""
-    try:
-        yield
-    except OSError as error:
-        hint = "choose a folder that you may write to"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "make room and start again; what is there is kept"
-        raise InputError(f"{error.filename2 or error.filename or out}: {error.strerror}; {hint}") from error
-
-
-@contextlib.contextmanager
 def _sole_use(out: Path) -> Iterator[Path]:
-    """Locks ``out`` and gives a folder in it for half-written files, which is empty before and gone after."""
+    """Locks ``out`` and gives a folder in it for half-written files, which is empty before and gone after.
+
+    Where nothing came of it, an ``out`` that was made here is gone too.
+    """
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     work = out / ".partial"
     folder = os.open(out, os.O_RDONLY)  # a lock on it ends with the process, however that ends
@@ -167,6 +159,9 @@ def _sole_use(out: Path) -> Iterator[Path]:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
+            if made:
+                with contextlib.suppress(OSError):  # not empty
+                    out.rmdir()
     finally:
         os.close(folder)
 

@@ -219,6 +219,18 @@ def test_func_transforms_are_right_or_refused():
         torch.func.jvp(lambda x: drop_block2d(x, 0.3, 3), (x,), (x,))
 
 
+@pytest.mark.xfail(
+    torch.__version__ < (2, 12), raises=torch._dynamo.exc.TorchRuntimeError, reason="refused by Dynamo"
+)
+def test_compiled_it_keeps_the_gradient_of_func_transforms():
+    torch._dynamo.reset()
+    x = torch.rand(2, 3, 9, 9) + 0.5
+    gradient = torch.compile(torch.func.grad(lambda x: (drop_block2d(x, 0.3, 3) ** 2).sum()))(x)
+    kept = gradient != 0
+    assert 0.5 < kept.float().mean() < 1
+    torch.testing.assert_close(gradient, 2 * x * kept / kept.float().mean() ** 2)
+
+
 def test_activation_checkpointing_draws_the_same_mask(path):
     x = torch.randn(2, 4, 15, 15, requires_grad=True)
     torch.manual_seed(7)

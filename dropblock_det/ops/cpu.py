@@ -1,8 +1,8 @@
 """The fast CPU path: one draw per seed, one scaled copy, and zeros written where the blocks are.
 
-No mask is kept: both operators are pure functions of a seed that is drawn outside, by PyTorch's generator, and
-backward draws the same blocks again. So compiling, recomputing under activation checkpointing and reseeding
-behave as for ``F.dropout``.
+No mask is kept: both operators are pure functions of a seed that is drawn outside, by PyTorch's generator,
+and backward draws the same blocks again. So compiling, recomputing under activation checkpointing and
+reseeding behave as for ``F.dropout``.
 
 A mask is thought of as flat memory of ``(planes, H, W, inner)``: ``(N*C, H, W, 1)`` for a contiguous map and
 ``(N, H, W, C)`` for a channels_last one. A block is then the same few offsets from its corner everywhere.
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from dropblock_det.ops.reference import block_and_grid, seed_probability
-
-APPLY = "apply_seed"  # the operator that takes the input and what `draw` returns
+from dropblock_det.ops.self_adjoint import self_adjoint
 
 # Share of seeds above which one draw per position is faster than one logarithm per seed.
 DENSE = 0.25
@@ -151,6 +150,7 @@ def _(
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
+    """The format as an argument of PyTorch's functions."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -162,13 +162,17 @@ def mask_shape(x: Tensor, per_channel: bool, channels_last: bool) -> tuple[int, 
 
 
 def is_channels_last(x: Tensor) -> bool:
+    """Whether the mask of ``x`` is to lie in memory as channels_last."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+apply = self_adjoint(torch.ops.dropblock_det.apply_seed)
 
 
 def draw(
     x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str
 ) -> tuple[Tensor | int | bool, ...]:
-    """What :func:`apply_seed` takes after ``x``."""
+    """What ``apply`` takes after ``x``."""
     channels_last = is_channels_last(x)
     shape = mask_shape(x, per_channel, channels_last)
     seed = torch.randint(2**62, (), device=x.device)

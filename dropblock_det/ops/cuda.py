@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dropblock_det.ops.cpu import is_channels_last, mask_shape, memory_format
 from dropblock_det.ops.reference import block_and_grid
+from dropblock_det.ops.self_adjoint import self_adjoint
 
-APPLY = "apply_bits"  # the operator that takes the input and what `draw` returns
 WORDS = 256  # words of 32 bits per program: 8,192 elements
 
 
@@ -266,10 +266,13 @@ def _(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_last: b
     return torch.empty_like(x, memory_format=memory_format(channels_last))
 
 
+apply = self_adjoint(torch.ops.dropblock_det.apply_bits)
+
+
 def draw(
     x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str
 ) -> tuple[Tensor, Tensor, bool, bool]:
-    """What :func:`apply_bits` takes after ``x``, the mask in the memory format of ``x``."""
+    """What ``apply`` takes after ``x``, the mask in the memory format of ``x``."""
     channels_last = is_channels_last(x)
     shape = mask_shape(x, per_channel, channels_last)
     seed = torch.randint(2**62, (), device=x.device)

@@ -4,7 +4,6 @@ import importlib.util
 import os
 from numbers import Real
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,41 +75,7 @@ def drop_block2d(
         return reference.drop_block2d(x, min(max(float(p), 0.0), 1.0), block_size, per_channel, calibration)
     if not isinstance(p, Tensor):
         p = torch.full((), p, dtype=torch.float32, device=x.device)
-    return _Apply.apply(x, path.APPLY, *path.draw(x, p, block_size, per_channel, calibration))
-
-
-class _Apply(torch.autograd.Function):
-    """``x * mask / kept share``: linear in ``x``, so it is its own backward, any number of times.
-
-    ``operator`` is the name of a path's operator, and what follows is its state: tensors, then numbers.
-
-    An autograd function, not an operator with registered autograd, because that one gives no gradient to
-    ``torch.func`` and lets forward-mode differentiation lose the tangent in silence; here it raises.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, operator: str, *state: Tensor | int) -> Tensor:
-        return _call(x, operator, *state)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.operator, state = inputs[1], inputs[2:]
-        tensors = [value for value in state if isinstance(value, Tensor)]
-        ctx.save_for_backward(*tensors)
-        ctx.numbers = state[len(tensors) :]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        state = (*ctx.saved_tensors, *ctx.numbers)
-        # Compiled graphs have no second derivative, and torch 2.11 cannot trace a function in its own backward.
-        apply = _call if torch.compiler.is_compiling() else _Apply.apply
-        return apply(grad, ctx.operator, *state), None, *[None for _ in state]
-
-
-def _call(x: Tensor, operator: str, *state: Tensor | int) -> Tensor:
-    return getattr(torch.ops.dropblock_det, operator)(x, *state)
+    return path.apply(x, *path.draw(x, p, block_size, per_channel, calibration))
 
 
 def _path(x: Tensor) -> ModuleType:

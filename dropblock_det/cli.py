@@ -1,15 +1,23 @@
 """Train and evaluate as commands: LightningCLI, a run's folder, and the table at the end."""
 
 import argparse
+import os
+import re
 import sys
+import threading
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -26,9 +34,14 @@ from dropblock_det.runs import (
     is_finished,
     load_checkpoint,
     newest_checkpoint,
+    read_config,
     read_summary,
 )
 from dropblock_det.training import RetinaNetModule
+
+# A setting can name a class, and to import a module is to run it: nothing outside these is imported.
+PACKAGES = ["dropblock_det", "lightning", "torch", "torchvision"]
+SHORT = {"--on-nonfinite": "--model.on_nonfinite"}
 
 
 class DetectionCLI(LightningCLI):
@@ -37,6 +50,12 @@ class DetectionCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``--output`` and ``--regularize.*``, and lets the data say which categories there are."""
         parser.add_argument("--output", type=str, default="runs/quickstart", help="The run's folder.")
+        parser.add_argument(
+            "--resume",
+            metavar="RUN_FOLDER",
+            default=argparse.SUPPRESS,
+            help="Go on with the run in this folder, with its own settings.",
+        )
         parser.add_lightning_class_args(Regularize, "regularize")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("data.categories", "model.categories", apply_on="instantiate")
@@ -45,8 +64,15 @@ class DetectionCLI(LightningCLI):
         """Parses; a fault is one line."""
         try:
             super().parse_arguments(parser, args)
-        except argparse.ArgumentError as error:
-            raise InputError(f"{' '.join(str(error).split())}; --help lists the settings") from None
+        except RecursionError:
+            raise InputError("--config: nested too deeply, or a YAML alias holds itself") from None
+        except (argparse.ArgumentError, UnicodeError) as error:
+            if denied := re.search("Importing '([^']+)' is not allowed", str(error)):
+                raise InputError(
+                    f"{denied[1]}: not imported; a class must be one of {', '.join(PACKAGES)}"
+                ) from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{reason[:600]}; --help lists the settings") from None
 
     @property
     def output(self) -> Path:
@@ -55,6 +81,14 @@ class DetectionCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Finds what an earlier start left in the run's folder, and refuses to mix settings."""
+        if "resume" in self.config:
+            raise InputError("resume: not a setting; give --resume RUN_FOLDER on the command line")
+        for name in ("logger", "plugins", "default_root_dir"):
+            if self.config["trainer"][name] is not None:
+                raise InputError(f"trainer.{name}: leave it out, a run writes below --output alone")
+        for name in ("max_epochs", "accumulate_grad_batches"):
+            if (value := self.config["trainer"][name]) is not None and value < 1:
+                raise InputError(f"trainer.{name}: got {value}, give 1 or more")
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,13 +107,16 @@ class DetectionCLI(LightningCLI):
             callbacks.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = callbacks
         board = TensorBoardLogger(self.output, name="logs")
-        return super().instantiate_trainer(
-            logger=[board, CSVLogger(self.output, name="logs", version=board.version)],
-            default_root_dir=self.output,
-            plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,  # the data module's samplers know their rank
-            **kwargs,
-        )
+        try:
+            return super().instantiate_trainer(
+                logger=[board, CSVLogger(self.output, name="logs", version=board.version)],
+                default_root_dir=self.output,
+                plugins=[AtomicCheckpointIO()],
+                use_distributed_sampler=False,  # the data module's samplers know their rank
+                **kwargs,
+            )
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise InputError(f"trainer: {' '.join(str(error).split())[:300]}") from None
 
 
 class SaveConfig(SaveConfigCallback):
@@ -98,6 +135,29 @@ def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, A
     return resolved
 
 
+def spelled_out(args: list[str], default_config: Path) -> list[str]:
+    """Returns the arguments with a ``--config``, and without the shorter ways to say things.
+
+    ``--resume FOLDER`` stands for the folder's own settings and the folder as ``--output``.
+
+    Raises:
+        InputError: No run in the folder to resume.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume", type=Path)
+    try:
+        given, args = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; give the folder of an interrupted run") from None
+    args = ["=".join([SHORT.get(name, name), *value]) for name, *value in (arg.split("=", 1) for arg in args)]
+    if given.resume is not None:
+        read_config(given.resume)
+        return [f"--config={given.resume}/config.yaml", f"--output={given.resume}", *args]
+    if any(arg.split("=")[0] in ("-c", "--config") for arg in args):
+        return args
+    return [f"--config={default_config}", *args]
+
+
 def train(default_config: Path, args: list[str] | None = None) -> None:
     """Trains, or goes on with, the run that the arguments describe, and prints what came of it.
 
@@ -105,10 +165,10 @@ def train(default_config: Path, args: list[str] | None = None) -> None:
         default_config: The YAML file that stands in where no ``--config`` is given.
         args: Command-line arguments; by default the process's own.
     """
-    args = sys.argv[1:] if args is None else args
-    if not any(arg.split("=")[0] in ("-c", "--config") for arg in args):
-        args = ["--config", str(default_config), *args]
+    args = spelled_out(sys.argv[1:] if args is None else args, default_config)
     sys.argv[1:] = args  # Lightning's launcher starts the other processes with these
+    end_with_launcher()
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=PACKAGES)
     cli = DetectionCLI(
         RetinaNetModule,
         CocoDataModule,
@@ -122,9 +182,38 @@ def train(default_config: Path, args: list[str] | None = None) -> None:
         run=False,
     )
     if not cli.finished:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+        # All processes log the same figures, which each has from the first: there is nothing to average.
+        warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            sys.exit(
+                f"error: process {cli.trainer.global_rank} lost another, which has died (its message, if any, "
+                f"is above); --resume {cli.output} goes on from the last epoch"
+            )
     if cli.trainer.is_global_zero and not cli.trainer.interrupted:
         print_result(cli.output)
+
+
+def end_with_launcher() -> None:
+    """Ends a process that Lightning's launcher started when the one that started it has died.
+
+    Without this it may wait for that one as long as the backend's time limit, ten minutes with NCCL. The
+    launcher watches the others itself.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ["DROPBLOCK_DET_LAUNCHER"] = str(os.getpid())
+    elif launcher := os.environ.get("DROPBLOCK_DET_LAUNCHER"):
+
+        def watch() -> None:
+            while os.getppid() == int(launcher):
+                time.sleep(5)
+            print(f"error: the first process ({launcher}) has died, this one ends too", file=sys.stderr)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def print_result(folder: Path) -> None:

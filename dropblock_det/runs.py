@@ -92,6 +92,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads the settings that the run in a folder was started with.
+
+    Raises:
+        InputError: There is no run, or its settings can't be read.
+    """
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, so {folder} has no run to resume") from None
+    except (yaml.YAMLError, UnicodeError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not the settings of a run, so it can't be resumed; give another --output")
+    return config
+
+
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yields a line for each setting in which two resolved configs differ."""
     for key in sorted(old.keys() | new.keys()):
@@ -108,18 +126,12 @@ def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: With the differences.
     """
-    path = folder / "config.yaml"
-    try:
-        before = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: missing, so the run there cannot be resumed; give another --output"
-        ) from None
     here = {"output": None}  # the folder may have moved
-    differences = list(config_differences({**before, **here}, {**config, **here}))
+    differences = list(config_differences({**read_config(folder), **here}, {**config, **here}))
     if differences:
         raise InputError(
-            f"{folder} holds a run with other settings ({'; '.join(differences)}); give another --output"
+            f"{folder} holds a run with other settings ({'; '.join(differences)}); "
+            "keep those, or give another --output"
         )
 
 
@@ -285,8 +297,14 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Reads a run's ``summary.json``."""
-    summary: dict[str, Any] = read_json(folder / "summary.json")
+    """Reads a run's ``summary.json``.
+
+    Raises:
+        InputError: It is missing, or not what a run writes.
+    """
+    summary = read_json(folder / "summary.json")
+    if not isinstance(summary, dict) or not {"finished", "epochs"} <= summary.keys():
+        raise InputError(f"{folder}/summary.json: not the record of a run; remove it to go on with the run")
     return summary
 
 

@@ -116,9 +116,21 @@ class RetinaNetModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _check_shapes(self, images: list[Tensor], targets: list[dict[str, Any]]) -> None:
+        # torchvision's resize fails where a side comes to 0 pixels, and names no image.
+        for image, target in zip(images, targets, strict=True):
+            height, width = image.shape[-2:]
+            short, long = sorted((height, width))
+            if short * min(self.hparams["min_size"] / short, self.hparams["max_size"] / long) < 1:
+                raise InputError(
+                    f"image {target['image_id']}: {width}x{height} pixels, of which model.max_size "
+                    f"{self.hparams['max_size']} would leave none on one side; leave it out"
+                )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Returns the loss: classification (focal) plus box regression, the mean over the images."""
         images, targets = batch
+        self._check_shapes(images, targets)
         losses = self.detector(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         finite = bool(torch.isfinite(loss))
@@ -154,6 +166,7 @@ class RetinaNetModule(LightningModule):
         images, targets = batch
         if not images:  # this process has a batch less than others, see ValBatches
             return
+        self._check_shapes(images, targets)
         losses, detections = losses_and_detections(self.detector, images, targets)
         ids = [target["image_id"] for target in targets]
         self._validated.append(

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tiny_run import ROOT, start, train
 
@@ -111,8 +112,8 @@ def wrong_type(coco):
     return ["--model.lr=fast"], r"model.lr"
 
 
-def foreign_class(coco):
-    return ["--data=os.path.join"], r"subclass of CocoDataModule"
+def a_class_of_another_kind(coco):
+    return ["--data=torch.nn.Linear"], r"subclass of CocoDataModule"
 
 
 def p_out_of_range(coco):
@@ -133,17 +134,22 @@ def output_is_a_file(coco):
 
 
 CASES = [
-    *(
-        no_root,
-        no_annotations,
-        truncated_json,
-        no_images_key,
-        image_missing,
-        truncated_jpeg,
-        leaves_the_folder,
-    ),
-    *(no_category, unknown_key, unknown_key_in_file, wrong_type, foreign_class, p_out_of_range, no_such_site),
-    *(unknown_weights, output_is_a_file),
+    no_root,
+    no_annotations,
+    truncated_json,
+    no_images_key,
+    image_missing,
+    truncated_jpeg,
+    leaves_the_folder,
+    no_category,
+    unknown_key,
+    unknown_key_in_file,
+    wrong_type,
+    a_class_of_another_kind,
+    p_out_of_range,
+    no_such_site,
+    unknown_weights,
+    output_is_a_file,
 ]
 
 
@@ -154,6 +160,73 @@ def test_training_says_what_is_wrong(case, coco, monkeypatch):
         train(arguments(coco, *more), monkeypatch)
     assert "\n" not in str(error.value)
     assert not list(coco.glob("run/checkpoints/*"))
+
+
+# --- Settings: what a stranger's YAML file or a slip of the hand can hold ---
+
+CLASS = {"class_path": "antigravity.Class"}  # to import antigravity opens a browser
+CALLING = {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"setup": "os.system"}}
+LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "/tmp"}}
+FILES = {
+    "a foreign data module": ({"data": CLASS}, "antigravity.Class: not imported"),
+    "a foreign logger": ({"trainer": {"logger": CLASS}}, "antigravity.Class: not imported"),
+    "foreign callbacks": ({"trainer": {"callbacks": [CLASS]}}, "antigravity.Class: not imported"),
+    "a foreign strategy": ({"trainer": {"strategy": CLASS}}, "antigravity.Class: not imported"),
+    "a foreign plugin": ({"trainer": {"plugins": [CLASS]}}, "antigravity.Class: not imported"),
+    "a foreign profiler": ({"trainer": {"profiler": CLASS}}, "antigravity.Class: not imported"),
+    "a foreign augmentation": ({"data": {"init_args": {"augmentation": CLASS}}}, "antigravity.Class: not"),
+    "a foreign function": ({"data": {"class_path": "os.system"}}, "os.system: not imported"),
+    "a foreign function in a callback": ({"trainer": {"callbacks": [CALLING]}}, "os.system: not imported"),
+    "a foreign function by way of ours": (
+        {"trainer": {"callbacks": [{"class_path": "dropblock_det.cli.os.system"}]}},
+        "system: not imported",
+    ),
+    "a class where a number belongs": ({"model": {"lr": CLASS}}, 'model.lr": Expected'),
+    "another model": ({"model": {"class_path": "torch.nn.Linear"}}, "model"),
+    "an optimizer's class": ({"optimizer": {"class_path": "torch.optim.SGD"}}, "optimizer"),
+    "another place for logs": ({"trainer": {"default_root_dir": "/tmp"}}, "default_root_dir: leave it out"),
+    "a logger of Lightning's": (
+        {
+            "trainer": {
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": "/"},
+                }
+            }
+        },
+        "logger: leave it out",
+    ),
+    "an unknown strategy": ({"trainer": {"strategy": "fast"}}, "invalid strategy name"),
+    "devices in letters": ({"trainer": {"devices": "x"}}, "devices"),
+    "no epochs": ({"trainer": {"max_epochs": 0}}, "max_epochs: got 0"),
+    "epochs without end": ({"trainer": {"max_epochs": -1}}, "max_epochs: got -1"),
+    "no batch to a step": ({"trainer": {"accumulate_grad_batches": 0}}, "accumulate_grad_batches: got 0"),
+    "an unknown precision": ({"trainer": {"precision": "7"}}, "precision"),
+    "a NaN as batch size": ({"data": {"init_args": {"batch_size": float("nan")}}}, "batch_size"),
+    "an object of Python": (b"model: !!python/object/apply:os.system ['true']", "constructor for the tag"),
+    "itself": (b"model: &all {others: [*all]}", "alias holds itself"),
+    "many times itself": (
+        b"a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nmodel: {lr: [*b,*b,*b,*b,*b,*b,*b]}",
+        "model.lr",
+    ),
+    "a list": (b"- 1\n- 2\n", "Unexpected config"),
+    "nothing": (b"", "Unexpected config"),
+    "not YAML": (b"model: [1, 2", "Problems parsing config"),
+    "not text": (bytes(range(256)), "utf-8"),
+    "nested deeply": (b"model: " + b"[" * 3000 + b"]" * 3000, "alias holds itself"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_settings(name, tmp_path, monkeypatch, line_of):
+    content, message = FILES[name]
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
+    args = [f"--config={ROOT}/configs/quickstart.yaml", f"--config={file}", f"--output={tmp_path}/run"]
+    args += [f"--data.root={tmp_path}/scenes", "--trainer.accelerator=cpu"]
+    assert message in line_of(lambda: train(args, monkeypatch))
+    assert "antigravity" not in sys.modules
+    assert not list(tmp_path.glob("run/checkpoints"))
 
 
 def test_the_process_ends_with_status_2_and_one_line(coco):

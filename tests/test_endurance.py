@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -64,24 +65,69 @@ def test_two_thousand_steps_neither_grow_nor_leak(tmp_path):
     assert (late["files"], late["threads"]) == (early["files"], early["threads"])
 
 
-def test_a_process_that_dies_ends_the_run_within_a_minute(scenes, tmp_path):
+def ended(pid):
+    """Whether a process that need not be our child is gone; a zombie is."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def seconds_until(condition, limit):
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() < start + limit
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_run_within_a_minute(victim, scenes, tmp_path):
+    """One line that says so and how to go on, whichever of two dies, by whichever of two ways."""
     args = arguments(
         scenes, tmp_path / "run", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=500"
     )
-    process = start(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 180
-    while newest_checkpoint(tmp_path / "run") is None:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(pid for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
-    os.kill(int(second), signal.SIGKILL)
-    killed = time.monotonic()
-    _, messages = process.communicate(timeout=60)
-    print(f"ended {time.monotonic() - killed:.1f} s after the kill")
-    assert process.returncode != 0
-    assert messages.strip()
+    with (tmp_path / "stderr").open("w") as stderr:
+        first = start(args, stdout=subprocess.DEVNULL, stderr=stderr)
+    seconds_until(lambda: first.poll() is not None or newest_checkpoint(tmp_path / "run"), 180)
+    assert first.poll() is None, (tmp_path / "stderr").read_text()
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    second = next(int(pid) for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill((first.pid, second)[victim], signal.SIGKILL)
+    waited = seconds_until(lambda: first.poll() is not None and ended(second), 60)
+    line = (tmp_path / "stderr").read_text().splitlines()[-1]
+    print(f"\nended {waited:.1f} s after process {victim} was killed: {line}")
+    assert first.returncode != 0
+    said = f"error: process {1 - victim} lost another", f"[rank: {victim}] Child process with PID {second}"
+    assert line.startswith(said)  # by Lightning's launcher, if that is the faster
+
+
+LAUNCHED = "import time; from dropblock_det.cli import end_with_launcher; end_with_launcher(); "
+LAUNCHER = f"""
+import os, subprocess, sys, time
+from dropblock_det.cli import end_with_launcher
+end_with_launcher()
+code = {LAUNCHED + "print('ready', flush=True); time.sleep(600)"!r}
+child = subprocess.Popen([sys.executable, "-c", code], env={{**os.environ, "LOCAL_RANK": "1"}})
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_does_not_outlive_its_launcher(tmp_path):
+    """Also one that waits for ever, as with NCCL, which does not notice that the others are gone."""
+    with (tmp_path / "stderr").open("w") as stderr:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    child = int(launcher.stdout.readline())
+    assert launcher.stdout.readline() == "ready\n"
+    time.sleep(6)
+    assert not ended(child)
+    launcher.kill()
+    launcher.wait()
+    print(f"\nended {seconds_until(lambda: ended(child), 60):.1f} s after its launcher")
+    assert f"the first process ({launcher.pid}) has died" in (tmp_path / "stderr").read_text()
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(run, scenes, tmp_path):

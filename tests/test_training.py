@@ -1,5 +1,6 @@
 """Losses that are not finite, several processes, and what the module logs."""
 
+import csv
 import json
 import math
 import os
@@ -8,11 +9,20 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from tiny_run import ROOT, arguments, train
 from torchvision.models.detection import RetinaNet
 
+from dropblock_det.datasets.coco import CocoDataset, collate
+from dropblock_det.datasets.scenes import ScenesDataModule
+from dropblock_det.detector import losses_and_detections
 from dropblock_det.errors import InputError
-from dropblock_det.runs import newest_checkpoint
+from dropblock_det.runs import RunRecord, newest_checkpoint
+from dropblock_det.training import RetinaNetModule
+
+SIZES = [8, 16, 32, 64, 128]
 
 
 @pytest.fixture
@@ -50,6 +60,65 @@ def test_a_loss_that_is_not_finite_can_be_skipped(nan_at_the_third_step, scenes,
     header, *rows = (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
     column = header.split(",").index("skipped_steps")
     assert {row.split(",")[column] for row in rows} == {"", "1.0"}
+
+
+def small_module():
+    categories = [{"label": 1, "id": 1, "name": "disk"}]
+    return RetinaNetModule(categories, min_size=64, max_size=64, anchor_sizes=SIZES)
+
+
+def test_an_image_of_one_pixel_by_ten_thousand(content, write, line_of):
+    """Named where its narrow side would vanish, in training and in evaluation; otherwise it is used."""
+    for width, height in ((1, 10_000), (10_000, 1)):
+        content["images"][0] |= {"width": width, "height": height}
+        content["annotations"] = [content["annotations"][0] | {"bbox": [0, 0, width, height]}]
+        batch = collate([CocoDataset(*write(content))[1]])
+        module = small_module().train()
+        line = line_of(lambda module=module, batch=batch: module.training_step(batch, 0))
+        assert f"image 7: {width}x{height} pixels" in line
+        module.eval()
+        assert line == line_of(lambda module=module, batch=batch: module.validation_step(batch, 0))
+    stays, vanishes = (
+        (
+            [torch.rand(3, 1, size)],
+            [{"boxes": torch.tensor([[0.0, 0, size, 1]]), "labels": torch.tensor([1]), "image_id": 7}],
+        )
+        for size in (64, 65)
+    )
+    module.validation_step(stays, 0)
+    assert "image 7: 65x1" in line_of(lambda: module.validation_step(vanishes, 0))
+    with pytest.raises(RuntimeError):  # what torchvision says by itself
+        losses_and_detections(module.detector, *vanishes)
+    assert all(loss.isfinite() for loss in module.detector.train()(*stays).values())
+
+
+def test_an_overflow_in_float16_is_seen_in_the_log(scenes, tmp_path):
+    """A loss scale far too large: each step is left out and the scale halved."""
+    data = ScenesDataModule(str(scenes), train_size=8, val_size=5, batch_size=1, num_workers=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        callbacks=[RunRecord(tmp_path)],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        gradient_clip_val=5.0,
+    )
+    module = RetinaNetModule(data.categories, min_size=64, max_size=64, anchor_sizes=SIZES)
+    trainer.fit(module, data)
+    rows = list(csv.DictReader((tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open()))
+    scales = [float(row["loss_scale"]) for row in rows if row["loss_scale"]]
+    assert scales == [2.0**29, 2.0**28]
+    assert scaler.get_scale() == 2.0**28
+    assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
 def test_the_figures_do_not_depend_on_the_number_of_processes(run, tmp_path):

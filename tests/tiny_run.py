@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dropblock_det import cli
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -27,6 +25,8 @@ def arguments(scenes, output, *more):
 
 
 def train(args, monkeypatch):
+    from dropblock_det import cli  # Lightning takes ten seconds, which most tests do without
+
     monkeypatch.setattr(sys, "argv", ["train.py"])
     cli.train(ROOT / "configs" / "quickstart.yaml", args)
 

@@ -1,5 +1,6 @@
 """Gradients for operators that are linear in their input and their own adjoint, as scaling by a mask is."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,9 @@ def self_adjoint(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             state = (*ctx.saved_tensors, *ctx.numbers)
             return apply(grad, *state), *[None for _ in state]
+
+    # PyTorch asks for the signature at every call, and finding it out takes longer than a small map.
+    SelfAdjoint.forward.__signature__ = inspect.signature(SelfAdjoint.forward)  # type: ignore[attr-defined]
 
     def apply(x: Tensor, *state: Tensor | int) -> Tensor:
         # torch 2.11 compiles such a function only where a gradient is wanted, and not in its own backward.

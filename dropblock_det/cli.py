@@ -23,7 +23,7 @@ from rich.table import Table
 
 from dropblock_det.callbacks import Regularize
 from dropblock_det.datasets.coco import CocoDataModule
-from dropblock_det.errors import InputError
+from dropblock_det.errors import InputError, disk_errors
 from dropblock_det.evaluation import FIGURES
 from dropblock_det.records import write_json, write_text
 from dropblock_det.runs import (
@@ -116,7 +116,11 @@ class DetectionCLI(LightningCLI):
                 **kwargs,
             )
         except (TypeError, ValueError, MisconfigurationException) as error:
-            raise InputError(f"trainer: {' '.join(str(error).split())[:300]}") from None
+            raise _trainer_refused(error) from None
+
+
+def _trainer_refused(error: Exception) -> InputError:
+    return InputError(f"trainer: {' '.join(str(error).split())[:300]}")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -190,8 +194,8 @@ def train(default_config: Path, args: list[str] | None = None) -> None:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
             sys.exit(
-                f"error: process {cli.trainer.global_rank} lost another, which has died (its message, if any, "
-                f"is above); --resume {cli.output} goes on from the last epoch"
+                f"error: process {cli.trainer.global_rank} lost another, which has died; its message, if "
+                f"any, is above; --resume {cli.output} goes on from the last epoch"
             )
     if cli.trainer.is_global_zero and not cli.trainer.interrupted:
         print_result(cli.output)
@@ -249,6 +253,8 @@ def evaluate(
         InputError: A checkpoint that is not ours, one with other categories than the data, or no folder for
             ``results``.
     """
+    if results is not None and results.is_dir():
+        raise InputError(f"{results}: is a folder; give --results a file name")
     if results is not None and not results.parent.is_dir():
         raise InputError(f"{results}: its folder does not exist; make it or give another --results")
     content = load_checkpoint(checkpoint)
@@ -265,15 +271,19 @@ def evaluate(
         raise InputError(
             f"{checkpoint}: its weights do not fit the model ({' '.join(str(error).split())[:200]})"
         ) from None
-    trainer = Trainer(
-        logger=False, callbacks=[RichProgressBar()], use_distributed_sampler=False, **trainer_arguments
-    )
+    try:
+        trainer = Trainer(
+            logger=False, callbacks=[RichProgressBar()], use_distributed_sampler=False, **trainer_arguments
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise _trainer_refused(error) from None
     trainer.validate(module, datamodule, verbose=False)
     figures = {name: float(trainer.callback_metrics[name]) for name in (*FIGURES, "val_loss")}
     if not trainer.is_global_zero:
         return figures
     if results is not None:
-        write_json(results, module.detections)
+        with disk_errors(results.parent):
+            write_json(results, module.detections)
     table = Table(title=str(checkpoint))
     table.add_column("figure")
     table.add_column("value", justify="right")

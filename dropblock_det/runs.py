@@ -17,6 +17,8 @@ import platform
 import resource
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +49,7 @@ def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name, flushes it to the disk, then renames it."""
+    """Writes a checkpoint beside its final name, flushes it to the disk, renames it. Reads ours alone."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Saves ``checkpoint``; a kill at any moment leaves the old file or the new one, whole."""
@@ -60,6 +62,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
         temporary.replace(path)
 
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """As :func:`load_checkpoint`, whatever Lightning asks for."""
+        return load_checkpoint(Path(path))
+
+
+def check_whole(path: Path) -> None:
+    """Reads a checkpoint through and compares the checksums that torch.save wrote; torch.load does not.
+
+    Raises:
+        InputError: No such file, or not the bytes that were written.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; give a .ckpt file that tools/train.py wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a whole checkpoint ({error})") from None
+    if damaged is not None:
+        raise InputError(f"{path}: not a whole checkpoint ({damaged} has another checksum)")
+
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Loads a checkpoint of ours with ``weights_only=True``, on the CPU.
@@ -67,13 +90,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: No such file, not a whole checkpoint, one that holds foreign objects, or not ours.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; give a .ckpt file that tools/train.py wrote")
+    check_whole(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a whole checkpoint that is safe to load ({reason[:120]})") from None
+        raise InputError(f"{path}: not a checkpoint that is safe to load ({reason[:120]})") from None
     ours = isinstance(checkpoint, dict) and "categories" in checkpoint.get("hyper_parameters", {})
     if not ours or "state_dict" not in checkpoint:
         raise InputError(f"{path}: not a checkpoint of dropblock_det; give one that tools/train.py wrote")
@@ -84,7 +106,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """Returns the last epoch's whole checkpoint in a run's folder; a broken one is named and skipped."""
     for path in sorted((folder / "checkpoints").glob("last-*.ckpt"), reverse=True):
         try:
-            load_checkpoint(path)
+            check_whole(path)
         except InputError as error:
             print(f"skipped: {error}", file=sys.stderr)
         else:

@@ -1,8 +1,10 @@
 """What a user can get wrong on the command line: one line that names it, exit status 2, no traceback."""
 
 import json
+import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -246,16 +248,59 @@ def not_ours(run, tmp_path):
 
 def foreign_pickle(run, tmp_path):
     torch.save({"hyper_parameters": Exception("code")}, tmp_path / "bad.ckpt")
-    return "not a whole checkpoint that is safe to load"
+    return "not a checkpoint that is safe to load"
 
 
 def truncated(run, tmp_path):
     (tmp_path / "bad.ckpt").write_bytes((run / "checkpoints" / "best.ckpt").read_bytes()[:100_000])
-    return "not a whole checkpoint that is safe to load"
+    return "not a whole checkpoint"
+
+
+def one_bit(run, tmp_path):
+    content = bytearray((run / "checkpoints" / "best.ckpt").read_bytes())
+    content[len(content) // 2] ^= 16
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    return "not a whole checkpoint .*checksum"
+
+
+def other_zip(run, tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
+    return "not a checkpoint that is safe to load"
+
+
+def bare_pickle(run, tmp_path):
+    (tmp_path / "bad.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
+    return "not a whole checkpoint"
+
+
+def a_folder(run, tmp_path):
+    (tmp_path / "bad.ckpt").mkdir()
+    return "no such checkpoint"
+
+
+def a_bare_list(run, tmp_path):
+    torch.save([1, 2], tmp_path / "bad.ckpt")
+    return "not a checkpoint of dropblock_det"
 
 
 def missing(run, tmp_path):
     return "no such checkpoint"
+
+
+def other_sizes(run, tmp_path):
+    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    key = next(iter(content["state_dict"]))
+    content["state_dict"][key] = content["state_dict"][key][:1]
+    torch.save(content, tmp_path / "bad.ckpt")
+    return "its weights do not fit"
+
+
+def other_arguments(run, tmp_path):
+    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    content["hyper_parameters"]["depth"] = 101
+    torch.save(content, tmp_path / "bad.ckpt")
+    return "its weights do not fit"
 
 
 def other_model(run, tmp_path):
@@ -266,7 +311,22 @@ def other_model(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", [not_ours, foreign_pickle, truncated, missing, other_model], ids=lambda case: case.__name__
+    "case",
+    [
+        not_ours,
+        foreign_pickle,
+        truncated,
+        one_bit,
+        other_zip,
+        bare_pickle,
+        a_folder,
+        a_bare_list,
+        missing,
+        other_model,
+        other_sizes,
+        other_arguments,
+    ],
+    ids=lambda case: case.__name__,
 )
 def test_evaluating_a_bad_checkpoint(case, run, tmp_path):
     message = case(run, tmp_path)

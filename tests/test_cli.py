@@ -4,20 +4,20 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from pycocotools.coco import COCO
-from tiny_run import arguments, start, train
+from tiny_run import ROOT, arguments, start, train
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from dropblock_det import cli
 from dropblock_det.errors import InputError
-from dropblock_det.runs import newest_checkpoint
+from dropblock_det.runs import AtomicCheckpointIO, newest_checkpoint
 
+CONFIG = ROOT / "configs" / "quickstart.yaml"
 FIGURES = ("loss", "val_loss", "mAP", "AP50", "AP75")
 
 
@@ -57,6 +57,16 @@ def test_it_ends_with_the_table_and_the_next_command(run):
     assert f"python tools/evaluate.py {run}/checkpoints/best.ckpt" in output
 
 
+@pytest.fixture
+def two_threads():
+    """Where the training had one: sums are in another order then."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_evaluating_the_checkpoint_gives_the_same_figures(run, tmp_path, capsys):
     best = max(json.loads((run / "summary.json").read_text())["epochs"], key=lambda epoch: epoch["mAP"])
     figures = cli.evaluate(
@@ -87,25 +97,79 @@ def test_a_finished_run_is_left_alone(run, scenes, tmp_path, monkeypatch, capsys
 
 
 def test_other_settings_in_the_same_folder_are_refused(run, scenes, monkeypatch):
-    with pytest.raises(InputError, match=r"model.lr: 0.001 before, 0.1 now"):
-        train(arguments(scenes, run, "--model.lr=0.1"), monkeypatch)
+    for args in (arguments(scenes, run), ["--resume", str(run)], [f"--resume={run}"]):
+        with pytest.raises(InputError, match=r"model.lr: 0.001 before, 0.1 now"):
+            train([*args, "--model.lr=0.1"], monkeypatch)
 
 
-def test_killed_and_started_again_it_ends_with_the_same_bits(run, scenes, tmp_path):
-    """SIGKILL after the first epoch's checkpoint; one broken checkpoint lies in the way."""
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory, so {} has no run to resume"),
+        (b"model: [1, 2", "{}/config.yaml: not the settings of a run"),
+        (b"\xff\xfe\x00", "{}/config.yaml: not the settings of a run"),
+        (b"- 1", "{}/config.yaml: not the settings of a run"),
+    ],
+)
+def test_a_folder_without_a_run_is_not_resumed(content, message, tmp_path, line_of):
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    assert message.format(tmp_path) in line_of(lambda: cli.train(CONFIG, ["--resume", str(tmp_path)]))
+    assert "--resume: expected one argument" in line_of(lambda: cli.train(CONFIG, ["--resume"]))
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", "{", '{"finished": true}'])
+def test_a_broken_record_is_named(record, run, tmp_path, line_of, monkeypatch):
+    shutil.copy(run / "config.yaml", tmp_path)
+    (tmp_path / "summary.json").write_text(record)
+    assert "summary.json: not " in line_of(lambda: train(["--resume", str(tmp_path)], monkeypatch))
+
+
+def test_shorter_ways_to_say_things(run):
+    short = ["--on-nonfinite=skip", "--model.lr", "0.1"]
+    assert cli.spelled_out(short, CONFIG) == [f"--config={CONFIG}", "--model.on_nonfinite=skip", *short[1:]]
+    assert cli.spelled_out(["--config", "a.yaml", "--on-nonfinite", "skip"], CONFIG) == [
+        *("--config", "a.yaml", "--model.on_nonfinite", "skip")
+    ]
+    assert cli.spelled_out(["--trainer.devices=2", "--resume", str(run)], CONFIG) == [
+        *(f"--config={run}/config.yaml", f"--output={run}", "--trainer.devices=2")
+    ]
+
+
+DIES_WHILE_WRITING = f"""
+import io, os, pathlib, signal, sys, torch
+from dropblock_det import cli
+whole = torch.save
+
+def save(checkpoint, file):
+    if checkpoint["epoch"] == 1 and "last" in file.name:
+        content = io.BytesIO()
+        whole(checkpoint, content)
+        file.write(content.getvalue()[: len(content.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(checkpoint, file)
+
+torch.save = save
+cli.train(pathlib.Path({str(CONFIG)!r}), sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
+    """SIGKILL in the middle of writing the second checkpoint; a broken one lies in the way too."""
     folder = tmp_path / "killed"
-    process = start(arguments(scenes, folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while newest_checkpoint(folder) is None:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program = ("-c", DIES_WHILE_WRITING)
+    dying = start(arguments(scenes, folder), program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, messages = dying.communicate(timeout=300)
+    assert dying.returncode == -signal.SIGKILL, messages
+    written = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert written == [".last-00001.ckpt.tmp", "best.ckpt", "last-00000.ckpt"]
+    assert newest_checkpoint(folder).name == "last-00000.ckpt"
     (folder / "checkpoints" / "last-00009.ckpt").write_bytes(b"half a checkpoint")
-    again = start(arguments(scenes, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    again = start([f"--resume={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     _, messages = again.communicate(timeout=300)
     assert again.returncode == 0, messages
+    assert "skipped: " in messages
     assert "last-00009.ckpt: not a whole checkpoint" in messages
     straight, resumed = (json.loads((path / "summary.json").read_text())["epochs"] for path in (run, folder))
     for mine, other in zip(resumed, straight, strict=True):
@@ -115,3 +179,16 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(run, scenes, tmp_pa
     expected = weights(run)
     (folder / "checkpoints" / "last-00009.ckpt").unlink()
     assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path, capsys):
+    files = [tmp_path / "checkpoints" / f"last-{epoch:05d}.ckpt" for epoch in range(2)]
+    for file in files:
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.rand(10_000)}}, file)
+    content = bytearray(files[1].read_bytes())
+    if damage == "one bit":
+        content[len(content) // 2] ^= 16  # in the middle of the weights, where torch.load does not notice
+    files[1].write_bytes({"truncated": content[:-100], "one bit": content, "empty": b""}[damage])
+    assert newest_checkpoint(tmp_path) == files[0]
+    assert f"skipped: {files[1]}: not a whole checkpoint" in capsys.readouterr().err

@@ -127,23 +127,22 @@ def test_the_figures_do_not_depend_on_the_number_of_processes(run, tmp_path):
     With one thread each: Lightning gives several processes fewer threads, which changes the order of sums.
     """
     found, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
-    for devices in (1, 2, 3):
-        results = tmp_path / f"{devices}.json"
-        command = [sys.executable, ROOT / "tools" / "evaluate.py", run / "checkpoints" / "best.ckpt"]
-        command += [
-            "--devices",
-            str(devices),
-            "--accelerator",
-            "cpu",
-            "--batch-size",
-            "2",
-            "--results",
-            results,
-        ]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", run / "checkpoints" / "best.ckpt"]
+    command += ["--accelerator=cpu", "--batch-size=2"]
+    started = {
+        devices: subprocess.Popen(
+            [*command, f"--devices={devices}", f"--results={tmp_path}/{devices}.json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
-        assert done.returncode == 0, done.stderr
-        found[devices] = (done.stdout[done.stdout.index("mAP") :], json.loads(results.read_text()))
+        for devices in (1, 2, 3)
+    }
+    for devices, process in started.items():
+        output, messages = process.communicate(timeout=300)
+        assert process.returncode == 0, messages
+        results = json.loads((tmp_path / f"{devices}.json").read_text())
+        found[devices] = (output[output.index("mAP") :], results)
     assert found[1] == found[2] == found[3]
     assert len(found[1][1]) > 100

@@ -31,6 +31,6 @@ def train(args, monkeypatch):
     cli.train(ROOT / "configs" / "quickstart.yaml", args)
 
 
-def start(args, **kwargs):
+def start(args, program=(ROOT / "tools" / "train.py",), **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, ROOT / "tools" / "train.py", *args], env=environment, **kwargs)
+    return subprocess.Popen([sys.executable, *program, *args], env=environment, **kwargs)

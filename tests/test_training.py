@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from tiny_run import ROOT, arguments, train
+from tiny_run import arguments, train
 from torchvision.models.detection import RetinaNet
 
 from dropblock_det.datasets.coco import CocoDataset, collate
@@ -121,28 +121,34 @@ def test_an_overflow_in_float16_is_seen_in_the_log(scenes, tmp_path):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+EVALUATE = """
+import json, os, sys
+from pathlib import Path
+from dropblock_det import cli
+checkpoint, results, devices = sys.argv[1:]
+trainer = {"accelerator": "cpu", "devices": int(devices)}
+figures = cli.evaluate(Path(checkpoint), {"batch_size": 2}, Path(results), trainer)
+Path(f"{results}.{os.environ.get('LOCAL_RANK', 0)}").write_text(json.dumps(figures))
+"""
+
+
 def test_the_figures_do_not_depend_on_the_number_of_processes(run, tmp_path):
     """Five images in batches of 2, 2 and 1, which one, two and three processes share out.
 
     With one thread each: Lightning gives several processes fewer threads, which changes the order of sums.
     """
-    found, environment = {}, {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tools" / "evaluate.py", run / "checkpoints" / "best.ckpt"]
-    command += ["--accelerator=cpu", "--batch-size=2"]
-    started = {
-        devices: subprocess.Popen(
-            [*command, f"--devices={devices}", f"--results={tmp_path}/{devices}.json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+    (tmp_path / "evaluate.py").write_text(EVALUATE)
+    command = [sys.executable, tmp_path / "evaluate.py", run / "checkpoints" / "best.ckpt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([*command, tmp_path / f"{devices}.json", str(devices)], env=environment)
         for devices in (1, 2, 3)
-    }
-    for devices, process in started.items():
-        output, messages = process.communicate(timeout=300)
-        assert process.returncode == 0, messages
-        results = json.loads((tmp_path / f"{devices}.json").read_text())
-        found[devices] = (output[output.index("mAP") :], results)
-    assert found[1] == found[2] == found[3]
-    assert len(found[1][1]) > 100
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
+    detections = [json.loads((tmp_path / f"{devices}.json").read_text()) for devices in (1, 2, 3)]
+    assert detections[0] == detections[1] == detections[2]
+    assert len(detections[0]) > 100
+    figures = [json.loads(path.read_text()) for path in tmp_path.glob("*.json.*")]
+    assert len(figures) == 1 + 2 + 3
+    assert all(math.isfinite(figures[0][name]) for name in ("val_loss", "mAP", "AP50", "AP75"))
+    assert [repr(each) for each in figures] == [repr(figures[0])] * 6

@@ -192,3 +192,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
     files[1].write_bytes({"truncated": content[:-100], "one bit": content, "empty": b""}[damage])
     assert newest_checkpoint(tmp_path) == files[0]
     assert f"skipped: {files[1]}: not a whole checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("results", "trainer", "message"),
+    [
+        (".", {}, "is a folder; give --results a file name"),
+        ("no/x.json", {}, "its folder does not exist"),
+        ("x.json", {"accelerator": "nonsense"}, "trainer: You selected an invalid accelerator name"),
+        ("x.json", {"accelerator": "cpu", "devices": 0}, "trainer: `Trainer(devices=0)` value is not"),
+    ],
+)
+def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run, tmp_path, line_of):
+    best = run / "checkpoints" / "best.ckpt"
+    assert message in line_of(lambda: cli.evaluate(best, {}, tmp_path / results, trainer))
+    assert list(tmp_path.iterdir()) == []

@@ -51,8 +51,11 @@ def test_the_picture_is_written(tool, tmp_path, monkeypatch):
         (["missing.png"], "missing.png: cannot be read as an image"),
         (["--p", "1.5"], "p must be a number in [0, 1], not 1.5"),
         (["--block_sizes", "0"], "block_size must be an integer of at least 1"),
-        (["--output", "no/such/folder/x.png"], "--output no/such/folder/x.png: cannot be written"),
-        (["--output", "x.nonsense"], "--output x.nonsense: cannot be written"),
+        (["--output", "/proc/x.png"], "; choose a folder that you may write to"),
+        (["--output", "x.nonsense"], "--output x.nonsense: give a name that ends in .png"),
+        (["--output", "x"], "--output x: give a name"),
+        (["--seed", str(2**63)], "--seed 9223372036854775808: give a whole number"),
+        (["--seed", "-1"], "--seed -1: give"),
     ],
 )
 def test_bad_arguments_are_input_errors(tool, tmp_path, monkeypatch, arguments, words):

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, pad
 
 from dropblock_det.datasets.scenes import draw_scene
-from dropblock_det.errors import InputError, run_tool
+from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.layers import make_regularizer
+from dropblock_det.pictures import save
 
 CHANNELS = ("edges │", "edges ╲", "edges ─", "edges ╱", "brightness", "red-green", "blue-yellow", "texture")
 SIDE = 40  # of the feature map's longer axis: what layer3 makes of a 640-pixel image
@@ -124,11 +125,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("masks.png"))
     options = parser.parse_args()
+    if options.output.suffix != ".png":
+        raise InputError(f"--output {options.output}: give a name that ends in .png")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed {options.seed}: give a whole number from 0 to {2**63 - 1}")
     figure = draw(read_image(options.image), options.p, options.block_sizes, options.seed)
-    try:
-        figure.savefig(options.output, dpi=110)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--output {options.output}: cannot be written: {error}") from None
+    with disk_errors(options.output.parent):
+        save(figure, options.output)
     print(f"wrote {options.output}")
 
 

@@ -140,7 +140,7 @@ class RegularizerHandle:
     def _site(self, name: str) -> Any:
         try:
             module = self.model.get_submodule(name)
-            module.regularizer  # noqa: B018
+            module.regularizer, module._stock_class  # noqa: B018
         except AttributeError as error:
             raise InputError(f"{name} was replaced after regularize_: nothing regularizes it now") from error
         return module
@@ -197,7 +197,7 @@ class Regularized(nn.Module):
 @functools.cache
 def regularized(stock_class: Any) -> Any:
     """The class of regularized modules of a stock class, one per stock class."""
-    _keep_through_sync_batchnorm()
+    _keep_through_batch_norm_conversions()
     # FX takes modules that say they are torch.nn's as leaves: a regularized one must stay what it was.
     namespace = {"__module__": stock_class.__module__, "_stock_class": stock_class}
     return type(f"Regularized{stock_class.__name__}", (Regularized, stock_class), namespace)
@@ -213,16 +213,17 @@ class Skip(nn.Identity):
 
 
 @functools.cache
-def _keep_through_sync_batchnorm() -> None:
-    """Lets regularizers survive ``SyncBatchNorm.convert_sync_batchnorm``.
+def _keep_through_batch_norm_conversions() -> None:
+    """Lets regularizers survive ``SyncBatchNorm.convert_sync_batchnorm`` and Lightning's way back from it.
 
-    It builds a new module for each batch norm and adds the old one's children to it: a ``regularizer`` that
-    arrives in a plain ``SyncBatchNorm`` makes it a regularized one.
+    They build a new module for each batch norm and add the old one's children to it: a ``regularizer`` that
+    arrives in a plain batch norm makes it a regularized one.
     """
 
     def hook(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        if name == "regularizer" and type(module) is nn.SyncBatchNorm:
-            module.__class__ = regularized(nn.SyncBatchNorm)
+        if name == "regularizer" and isinstance(module, _BatchNorm) and not isinstance(module, Regularized):
+            stock_class: Any = type(module)
+            module.__class__ = regularized(stock_class)
 
     register_module_module_registration_hook(hook)
 

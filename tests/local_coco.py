@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 import zipfile
 from io import BytesIO
@@ -20,7 +19,6 @@ from dropblock_det.datasets.subset import Options
 
 OPTIONS = Options(12, 5)
 ARCHIVE = "/annotations/annotations_trainval2017.zip"
-TOOL = Path(__file__).parents[1] / "tools" / "prepare_coco.py"
 
 
 @pytest.fixture(scope="session")
@@ -73,19 +71,6 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def run_tool(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload]
-
-
-def one_error_line(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def serve_many(count: int) -> None:

@@ -1,6 +1,5 @@
 import contextlib
 import fcntl
-import importlib.util
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 from synthetic_runs import invented_runs
+from the_tools import TOOLS, one_error_line, run_tool, tool_module
 from tiny_run import options
 
 from dropblock_det.comparison import Plan, Run, Runner, make_plan, record_plan
@@ -23,7 +23,6 @@ from dropblock_det.errors import InputError
 from dropblock_det.records import read_comparison, read_json, read_record, run_folder, write_json
 
 ROOT = Path(__file__).parents[1]
-COMPARE = [sys.executable, str(ROOT / "tools/compare.py")]
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_training.py"))]
 
 
@@ -318,7 +317,9 @@ def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
         arguments = ["run", str(ROOT / "configs/quickstart.yaml"), "--runs", str(root)]
         arguments += ["--settings", str(settings), "--seeds", "0", "--", *tiny]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*COMPARE, *arguments], start_new_session=True, env=environment)
+        return subprocess.Popen(
+            [sys.executable, TOOLS / "compare.py", *arguments], start_new_session=True, env=environment
+        )
 
     # Killed after a random number of file changes, not of seconds: however fast or slow the machine is at
     # that moment, kills come at every stage, many in the midst of writing, and none after the end.
@@ -379,22 +380,14 @@ def test_ctrl_c_ends_the_training_and_writes_no_record(tmp_path):
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
-    result = subprocess.run(
-        [*COMPARE, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60
-    )
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+    assert words in one_error_line(run_tool("compare.py", *arguments, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def tool(monkeypatch):
     """tools/compare.py as a function of its arguments, with the invented training."""
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "tools/compare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = tool_module("compare.py")
     monkeypatch.setattr(module, "TRAINING", FAKE)
 
     def call(*arguments):
@@ -453,12 +446,8 @@ def test_a_report_that_cannot_be_read_or_written_is_one_line(tool, tmp_path, lin
 def test_report_is_rebuilt_from_records_alone(tmp_path):
     invented_runs(tmp_path / "runs", settings=("none", "dropout"))
     begin = time.monotonic()
-    result = subprocess.run(
-        [*COMPARE, "report", str(tmp_path / "runs"), "--output", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = run_tool("compare.py", "report", tmp_path / "runs", "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     assert time.monotonic() - begin < 30
     assert "val_loss: " in result.stdout
     written = {path.name for path in (tmp_path / "out").iterdir()}

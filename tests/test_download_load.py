@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from coco_like import PEAK_MB
 from faulty_server import FaultyServer
-from local_coco import TOOL, archive_of, tree
+from local_coco import archive_of, tree
+from the_tools import TOOLS
 
 SERVE = """
 import sys
@@ -84,7 +85,7 @@ def start(server: FaultyServer, out: Path) -> "subprocess.Popen[bytes]":
     archive = archive_of(server)
     arguments = [server.url, str(archive.size), archive.sha256, "--out", str(out)]
     arguments += ["--train", "30", "--val", "10"]
-    command = [sys.executable, "-c", KILLABLE.format(tool=str(TOOL)), *arguments]
+    command = [sys.executable, "-c", KILLABLE.format(tool=str(TOOLS / "prepare_coco.py")), *arguments]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

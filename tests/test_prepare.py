@@ -6,11 +6,13 @@ import os
 import resource
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 from coco_like import jpeg, make_site, unpack_site
-from local_coco import OPTIONS, network, one_error_line, run_tool, tree
+from local_coco import OPTIONS, network, tree
+from the_tools import one_error_line, run_tool
 
 from dropblock_det.datasets import prepare as prepare_module
 from dropblock_det.datasets.download import Archive, Network
@@ -18,6 +20,8 @@ from dropblock_det.datasets.manifest import read_manifest
 from dropblock_det.datasets.prepare import MANIFEST, prepare, verify
 from dropblock_det.datasets.subset import Options
 from dropblock_det.errors import InputError
+
+tool = partial(run_tool, "prepare_coco.py")
 
 
 def test_second_start_fetches_nothing(tmp_path, server, right):
@@ -145,7 +149,9 @@ def test_disk_full(tmp_path, site):
         pytest.skip("needs the right to mount a tmpfs")
     try:
         line = one_error_line(
-            run_tool("--source", source, "--out", small / "coco", "--train", 30, "--val", 5)
+            run_tool(
+                "prepare_coco.py", "--source", source, "--out", small / "coco", "--train", 30, "--val", 5
+            )
         )
         assert "No space left on device; make room and start again" in line
         left = tree(small / "coco")
@@ -156,11 +162,14 @@ def test_disk_full(tmp_path, site):
                 assert (small / "coco" / name).read_bytes() == (source / name).read_bytes()
         subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
         assert (
-            run_tool("--source", source, "--out", small / "coco", "--train", 30, "--val", 5).returncode == 0
+            run_tool(
+                "prepare_coco.py", "--source", source, "--out", small / "coco", "--train", 30, "--val", 5
+            ).returncode
+            == 0
         )
         assert verify(small / "coco", read_manifest(small / "coco" / MANIFEST)) == []
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        assert "Read-only file system" in one_error_line(run_tool("--source", source, "--out", small / "new"))
+        assert "Read-only file system" in one_error_line(tool("--source", source, "--out", small / "new"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -201,7 +210,9 @@ def test_file_size_limit(tmp_path, site):
 
     source = unpack_site(site, tmp_path / "full")
     line = one_error_line(
-        run_tool("--source", source, "--out", tmp_path / "coco", "--train", 9, preexec_fn=limit)
+        run_tool(
+            "prepare_coco.py", "--source", source, "--out", tmp_path / "coco", "--train", 9, preexec_fn=limit
+        )
     )
     assert "File too large" in line
     assert tree(tmp_path / "coco") == {}
@@ -209,8 +220,8 @@ def test_file_size_limit(tmp_path, site):
 
 def test_place_that_is_no_folder(tmp_path, site):
     (tmp_path / "file").touch()
-    assert "choose a folder" in one_error_line(run_tool("--out", tmp_path / "file" / "coco"))
-    assert "choose a folder" in one_error_line(run_tool("--out", "/proc/coco"))
+    assert "choose a folder" in one_error_line(tool("--out", tmp_path / "file" / "coco"))
+    assert "choose a folder" in one_error_line(tool("--out", "/proc/coco"))
 
 
 # -------------------------------------------------------------------------------- the tool
@@ -219,7 +230,18 @@ def test_place_that_is_no_folder(tmp_path, site):
 def test_tool_from_start_to_end(tmp_path, site):
     source = unpack_site(site, tmp_path / "full")
     out = tmp_path / "coco"
-    result = run_tool("--source", source, "--out", out, "--train", 12, "--val", 5, "--min-per-category", 20)
+    result = tool(
+        "--source",
+        source,
+        "--out",
+        out,
+        "--train",
+        12,
+        "--val",
+        5,
+        "--min-per-category",
+        20,
+    )
     assert result.returncode == 0, result.stderr
     for wanted in (
         "train: 12 images",
@@ -232,17 +254,19 @@ def test_tool_from_start_to_end(tmp_path, site):
         assert wanted in result.stdout
     assert "fewer than 20 train images with: thing 0 (" in result.stdout
     assert (out / "classes.png").stat().st_size > 1000
-    assert "complete and unaltered" in run_tool("--verify", "--out", out).stdout
+    assert "complete and unaltered" in tool("--verify", "--out", out).stdout
     victim = next((out / "train2017").iterdir())
     victim.unlink()
-    broken = run_tool("--verify", "--out", out)
+    broken = tool("--verify", "--out", out)
     assert f"train2017/{victim.name}: missing" in broken.stdout
     assert "1 files differ" in one_error_line(broken)
-    rebuilt = run_tool("--from-manifest", out / MANIFEST, "--source", source, "--out", tmp_path / "again")
+    rebuilt = tool("--from-manifest", out / MANIFEST, "--source", source, "--out", tmp_path / "again")
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert (
         "complete"
-        in run_tool("--verify", "--from-manifest", out / MANIFEST, "--out", tmp_path / "again").stdout
+        in run_tool(
+            "prepare_coco.py", "--verify", "--from-manifest", out / MANIFEST, "--out", tmp_path / "again"
+        ).stdout
     )
 
 
@@ -261,11 +285,11 @@ def test_tool_from_start_to_end(tmp_path, site):
     ],
 )
 def test_tool_refuses_in_one_line(tmp_path, arguments, message):
-    assert message in one_error_line(run_tool(*arguments, "--out", tmp_path / "coco"))
+    assert message in one_error_line(tool(*arguments, "--out", tmp_path / "coco"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_that_was_there_stays(tmp_path):
     (tmp_path / "coco").mkdir()
-    one_error_line(run_tool("--source", "nowhere", "--out", tmp_path / "coco"))
+    one_error_line(tool("--source", "nowhere", "--out", tmp_path / "coco"))
     assert [path.name for path in tmp_path.iterdir()] == ["coco"]

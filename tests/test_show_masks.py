@@ -1,20 +1,14 @@
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-
-TOOL = Path(__file__).parents[1] / "tools/show_masks.py"
+from the_tools import tool_module
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("show_masks", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("show_masks.py")
 
 
 def test_the_edge_channels_are_named_after_what_they_see(tool):

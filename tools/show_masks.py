@@ -20,11 +20,10 @@ from torch.nn.functional import avg_pool2d, conv2d, interpolate, pad
 from dropblock_det.datasets.scenes import draw_scene
 from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.layers import make_regularizer
-from dropblock_det.pictures import save
+from dropblock_det.pictures import ORANGE, save
 
 CHANNELS = ("edges │", "edges ╲", "edges ─", "edges ╱", "brightness", "red-green", "blue-yellow", "texture")
 SIDE = 40  # of the feature map's longer axis: what layer3 makes of a 640-pixel image
-DROPPED = "#D55E00"  # Okabe and Ito's vermillion
 
 
 def read_image(path: Path | None) -> Tensor:
@@ -107,7 +106,7 @@ def draw(image: Tensor, p: float, block_sizes: list[int], seed: int) -> Figure:
         line[0].set_ylabel(f"{title}\n{share}", rotation=0, ha="right", va="center", fontsize=10)
         for axes, channel, gone in zip(line, features[0], dropped[0], strict=True):
             axes.imshow(channel.numpy(), cmap="gray")
-            axes.imshow(np.ma.masked_where(~gone.numpy(), gone.numpy()), cmap=ListedColormap([DROPPED]))
+            axes.imshow(np.ma.masked_where(~gone.numpy(), gone.numpy()), cmap=ListedColormap([ORANGE]))
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])

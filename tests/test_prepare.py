@@ -148,11 +148,7 @@ def test_disk_full(tmp_path, site):
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        line = one_error_line(
-            run_tool(
-                "prepare_coco.py", "--source", source, "--out", small / "coco", "--train", 30, "--val", 5
-            )
-        )
+        line = one_error_line(tool("--source", source, "--out", small / "coco", "--train", 30, "--val", 5))
         assert "No space left on device; make room and start again" in line
         left = tree(small / "coco")
         assert MANIFEST not in left
@@ -161,12 +157,7 @@ def test_disk_full(tmp_path, site):
             if name.endswith("jpg"):
                 assert (small / "coco" / name).read_bytes() == (source / name).read_bytes()
         subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
-        assert (
-            run_tool(
-                "prepare_coco.py", "--source", source, "--out", small / "coco", "--train", 30, "--val", 5
-            ).returncode
-            == 0
-        )
+        assert tool("--source", source, "--out", small / "coco", "--train", 30, "--val", 5).returncode == 0
         assert verify(small / "coco", read_manifest(small / "coco" / MANIFEST)) == []
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
         assert "Read-only file system" in one_error_line(tool("--source", source, "--out", small / "new"))
@@ -210,9 +201,7 @@ def test_file_size_limit(tmp_path, site):
 
     source = unpack_site(site, tmp_path / "full")
     line = one_error_line(
-        run_tool(
-            "prepare_coco.py", "--source", source, "--out", tmp_path / "coco", "--train", 9, preexec_fn=limit
-        )
+        tool("--source", source, "--out", tmp_path / "coco", "--train", 9, preexec_fn=limit)
     )
     assert "File too large" in line
     assert tree(tmp_path / "coco") == {}
@@ -263,10 +252,7 @@ def test_tool_from_start_to_end(tmp_path, site):
     rebuilt = tool("--from-manifest", out / MANIFEST, "--source", source, "--out", tmp_path / "again")
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert (
-        "complete"
-        in run_tool(
-            "prepare_coco.py", "--verify", "--from-manifest", out / MANIFEST, "--out", tmp_path / "again"
-        ).stdout
+        "complete" in tool("--verify", "--from-manifest", out / MANIFEST, "--out", tmp_path / "again").stdout
     )
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
@@ -186,19 +186,32 @@ def train(default_config: Path, args: list[str] | None = None) -> None:
         run=False,
     )
     if not cli.finished:
-        # All processes log the same figures, which each has from the first: there is nothing to average.
-        warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
-        try:
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
-        except RuntimeError as error:
-            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-                raise
-            sys.exit(
-                f"error: process {cli.trainer.global_rank} lost another, which has died; its message, if "
-                f"any, is above; --resume {cli.output} goes on from the last epoch"
-            )
-    if cli.trainer.is_global_zero and not cli.trainer.interrupted:
+        fit(cli)
+    if cli.trainer.is_global_zero:
         print_result(cli.output)
+
+
+def fit(cli: DetectionCLI) -> None:
+    """Trains; when stopped from outside or left by another process, says how to go on and exits.
+
+    Exit status 143 after SIGTERM, 130 after Ctrl-C, 1 when another process has died.
+    """
+    go_on = f"--resume {cli.output} goes on from the last epoch"
+    # All processes log the same figures, which each has from the first: there is nothing to average.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to both signals
+        if cli.trainer.is_global_zero:
+            print(f"stopped; {go_on}", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        rank = cli.trainer.global_rank
+        sys.exit(
+            f"error: process {rank} lost another, which has died; its message, if any, is above; {go_on}"
+        )
 
 
 def end_with_launcher() -> None:

@@ -32,10 +32,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished tiny training, made once, in its own process as a user's."""
-    folder = tmp_path_factory.mktemp("runs") / "one"
-    process = start(arguments(scenes, folder), stdout=subprocess.PIPE, text=True)
+    folder, here = tmp_path_factory.mktemp("runs") / "one", tmp_path_factory.mktemp("here")
+    process = start(arguments(scenes, folder), stdout=subprocess.PIPE, text=True, cwd=here)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
+    assert not list(here.iterdir()), "it writes into its own folder alone"
     (folder / "stdout.txt").write_text(output)
     return folder
 

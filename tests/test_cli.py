@@ -1,6 +1,7 @@
 """Training and evaluation as a user runs them: arguments in, a run's folder out."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import torch
 import yaml
 from pycocotools.coco import COCO
 from tiny_run import ROOT, arguments, start, train
-from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn
 
 from dropblock_det import cli
 from dropblock_det.errors import InputError
@@ -179,6 +180,27 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
     expected = weights(run)
     (folder / "checkpoints" / "last-00009.ckpt").unlink()
     assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_says_how_to_go_on(sent, status, scenes, tmp_path, monkeypatch, capsys):
+    """compare.py starts the run again where it sees these statuses; 0 would be a run that ended well."""
+    stock, handler = RetinaNet.compute_loss, signal.getsignal(signal.SIGINT)
+
+    def compute_loss(self, *args):
+        if self.training:
+            os.kill(os.getpid(), sent)
+        return stock(self, *args)
+
+    monkeypatch.setattr(RetinaNet, "compute_loss", compute_loss)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            train(arguments(scenes, tmp_path / "run"), monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first on
+    assert caught.value.code == status
+    assert capsys.readouterr().err.endswith(f"stopped; --resume {tmp_path}/run goes on from the last epoch\n")
+    assert not json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])

@@ -78,18 +78,21 @@ def test_an_image_of_one_pixel_by_ten_thousand(content, write, line_of):
         assert f"image 7: {width}x{height} pixels" in line
         module.eval()
         assert line == line_of(lambda module=module, batch=batch: module.validation_step(batch, 0))
-    stays, vanishes = (
+    pixel, stays, vanishes = (
         (
             [torch.rand(3, 1, size)],
             [{"boxes": torch.tensor([[0.0, 0, size, 1]]), "labels": torch.tensor([1]), "image_id": 7}],
         )
-        for size in (64, 65)
+        for size in (1, 64, 65)
     )
+    module.validation_step(pixel, 0)
     module.validation_step(stays, 0)
     assert "image 7: 65x1" in line_of(lambda: module.validation_step(vanishes, 0))
     with pytest.raises(RuntimeError):  # what torchvision says by itself
         losses_and_detections(module.detector, *vanishes)
-    assert all(loss.isfinite() for loss in module.detector.train()(*stays).values())
+    module.detector.train()
+    losses = [*module.detector(*pixel).values(), *module.detector(*stays).values()]
+    assert all(loss.isfinite() for loss in losses)
 
 
 def test_an_overflow_in_float16_is_seen_in_the_log(scenes, tmp_path):

@@ -208,10 +208,10 @@ def fit(cli: DetectionCLI) -> None:
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        rank = cli.trainer.global_rank
-        sys.exit(
-            f"error: process {rank} lost another, which has died; its message, if any, is above; {go_on}"
+        lost = (
+            f"process {cli.trainer.global_rank} lost another, which has died (its message is above, if any)"
         )
+        sys.exit(f"error: {lost}; {go_on}")
 
 
 def end_with_launcher() -> None:

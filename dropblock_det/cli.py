@@ -208,9 +208,7 @@ def fit(cli: DetectionCLI) -> None:
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        lost = (
-            f"process {cli.trainer.global_rank} lost another, which has died (its message is above, if any)"
-        )
+        lost = f"process {cli.trainer.global_rank} lost another, which has died (see above)"
         sys.exit(f"error: {lost}; {go_on}")
 
 

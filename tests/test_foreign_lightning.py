@@ -1,5 +1,9 @@
 """The Regularize callback in a detector's LightningModule that others wrote: DDP, SyncBatchNorm, resuming."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -95,16 +99,23 @@ def fit(folder, ckpt_path=None):
     )
     batches = DataLoader(Scenes(), batch_size=2, collate_fn=lambda items: tuple(zip(*items, strict=True)))
     trainer.fit(Detector(), batches, ckpt_path=ckpt_path)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_a_foreign_detector_under_ddp_with_sync_batchnorm_and_resumed(tmp_path, monkeypatch):
+def train_twice(folder):
     # DDP refuses SyncBatchNorm off the GPU. Frozen norms, as here, have nothing to exchange: it works.
-    monkeypatch.setattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda self, module: None)
-    straight = fit(tmp_path / "straight")
-    checkpoint = tmp_path / "straight" / "epoch=0.ckpt"
-    resumed = fit(tmp_path / "resumed", checkpoint)
+    DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
+    fit(folder / "straight")
+    fit(folder / "resumed", folder / "straight" / "epoch=0.ckpt")
 
+
+def test_a_foreign_detector_under_ddp_with_sync_batchnorm_and_resumed(tmp_path):
+    # In a process of its own: where autograd's threads have started nothing can fork any more.
+    done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    straight, resumed = (
+        [torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+        for name in ("straight", "resumed")
+    )
     for steps, _ in (*straight, *resumed):
         assert {step["norm"] for step in steps} == {"SyncBatchNorm"}
         assert all(len(step["dropped"]) == SITES for step in steps)
@@ -120,5 +131,9 @@ def test_a_foreign_detector_under_ddp_with_sync_batchnorm_and_resumed(tmp_path, 
         for key, value in trained.items():
             assert torch.equal(value, trained_again[key]), key
             assert torch.equal(value, weights[key]), f"the processes' {key} differ"
-    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    saved = torch.load(tmp_path / "straight" / "epoch=0.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == Detector().state_dict().keys()
+
+
+if __name__ == "__main__":
+    train_twice(Path(sys.argv[1]))

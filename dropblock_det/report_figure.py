@@ -74,6 +74,7 @@ def _differences(axes: Axes, report: Report, name: str, colours: dict[str, str])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     better = f"; {FIGURES[name].better} is better" if FIGURES[name].better else ""
     axes.set_title(f"{name}: difference from {REFERENCE}, 95 % interval{better}", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(6))  # more would run into each other
     axes.set_xlabel("filled dot: the interval leaves 0 out", fontsize=9)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -47,7 +47,7 @@ def main() -> None:
         example = torch.rand(1, 3, arguments.size, arguments.size)
     sites = list_sites(model, at, example, make)
 
-    title = f"{arguments.model}, at {', '.join(at)}: {len(sites)} sites, {make()}"
+    title = f"{arguments.model}, at {', '.join(at)}: {len(sites)} site{'s' * (len(sites) > 1)}, {make()}"
     table = Table(title=title, title_justify="left")
     table.add_column("site", no_wrap=True, min_width=max(len(site.name) for site in sites))
     for header in ("module", "feature map", "dropped"):

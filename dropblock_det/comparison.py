@@ -30,6 +30,7 @@ from dropblock_det.records import (
     SUMMARY_NAME,
     Record,
     read_json,
+    read_plan,
     read_record,
     record_from_run,
     run_folder,
@@ -99,15 +100,14 @@ def record_plan(root: Path, plan: Plan) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with (root / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        path = root / PLAN_NAME
         new: dict[str, Any] = {
             "base": {"name": plan.base.stem, "config": _read_yaml(plan.base)},
             "overrides": list(plan.overrides),
             "settings": {name: _read_yaml(file) for name, file in plan.settings.items()},
             "seeds": sorted(plan.seeds),
         }
-        if path.exists():
-            old = read_json(path)
+        old = read_plan(root)
+        if old is not None:
             changed = [key for key in ("base", "overrides") if old[key] != new[key]]
             changed += [
                 name for name, now in new["settings"].items() if old["settings"].get(name, now) != now
@@ -119,7 +119,7 @@ def record_plan(root: Path, plan: Plan) -> None:
                 )
             new["settings"] = {**old["settings"], **new["settings"]}
             new["seeds"] = sorted({*old["seeds"], *new["seeds"]})
-        write_json(path, new)
+        write_json(root / PLAN_NAME, new)
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,23 @@ class Comparison:
     absent: tuple[Absent, ...]
 
 
+def read_plan(root: Path) -> dict[str, Any] | None:
+    """A comparison's plan, or ``None`` where none was written yet.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = root / PLAN_NAME
+    if not path.exists():
+        return None
+    match plan := read_json(path):
+        case {"base": {"name": str()}, "overrides": list(), "settings": dict(), "seeds": [*seeds]} if all(
+            type(seed) is int for seed in seeds
+        ):
+            return dict(plan)
+    raise InputError(f"{path}: not a comparison's plan; delete it, and `compare.py run` writes it anew")
+
+
 def read_comparison(root: Path) -> Comparison:
     """Reads a comparison's folder: its plan if there is one, and every record.
 
@@ -247,7 +264,7 @@ def read_comparison(root: Path) -> Comparison:
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the folder that `compare.py run --runs` wrote")
-    plan = read_json(root / PLAN_NAME) if (root / PLAN_NAME).exists() else {}
+    plan = read_plan(root) or {}
     found = [Record.from_dict(read_json(path), path) for path in sorted(root.glob(f"*/seed*/{RECORD_NAME}"))]
     if not found and not plan:
         raise InputError(

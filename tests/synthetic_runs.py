@@ -87,11 +87,15 @@ def _shown(image: int, noise: random.Random, effect: float) -> dict:
     return {"image_id": image, "width": 320, "height": 240, "ground_truth": truth, "detections": detections}
 
 
+def write_plan(root: Path, settings, seeds, base="quickstart") -> None:
+    plan = {"base": {"name": base, "config": {}}, "overrides": []}
+    write_json(root / "plan.json", plan | {"settings": {s: {} for s in settings}, "seeds": list(seeds)})
+
+
 def invented_runs(root: Path, settings=SETTINGS, seeds=(0, 1, 2), effects=None) -> Path:
     """Writes plan, records and thumbnails as a comparison leaves them."""
     effects = effects or {}
-    plan = {"base": {"name": "quickstart"}, "settings": {s: {} for s in settings}, "seeds": list(seeds)}
-    write_json(root / "plan.json", plan)
+    write_plan(root, settings, seeds)
     for setting in settings:
         for seed in seeds:
             record = invented_record(setting, seed, effects.get(setting, 0.0))

@@ -441,6 +441,11 @@ def test_a_report_that_cannot_be_read_or_written_is_one_line(tool, tmp_path, lin
         record.write_text(content)
         assert "dropout/seed1/record.json: not " in line_of(lambda: tool("report", root))
     assert sorted(tmp_path.rglob("*")) == before
+    plan = (root / "plan.json").read_text()
+    for content in ("[1]", "{}", plan.replace('"quickstart"', "3"), plan.replace(" 0,", ' "a",'), plan[:50]):
+        (root / "plan.json").write_text(content)
+        assert "plan.json: not " in line_of(lambda: tool("report", root))
+        assert "plan.json: not " in line_of(lambda: tool("run", "--runs", root))
 
 
 def test_report_is_rebuilt_from_records_alone(tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from synthetic_runs import SETTINGS, invented_record, invented_runs
+from synthetic_runs import SETTINGS, invented_record, invented_runs, write_plan
 
 from dropblock_det import pictures
 from dropblock_det.records import Epoch, Record, read_comparison, run_folder, write_json
@@ -165,9 +165,7 @@ def test_without_the_reference_nothing_is_compared(tmp_path):
 
 
 def test_nothing_finished_yet_is_still_a_report(tmp_path):
-    write_json(
-        tmp_path / "plan.json", {"base": {"name": "b"}, "settings": {"none": {}, "x": {}}, "seeds": [0]}
-    )
+    write_plan(tmp_path, ("none", "x"), [0])
     runs = read_comparison(tmp_path)
     report = build_report(runs)
     assert "2 of 2 runs have no result" in to_markdown(report)
@@ -257,7 +255,7 @@ def test_the_picture_is_drawn_even_of_nothing(tmp_path):
         report.rows[1].figures["val_loss"].difference.high,
     )
     assert list(differences.get_lines()[0].get_xdata()) == [low, high]
-    write_json(tmp_path / "empty/plan.json", {"settings": {"none": {}, "x": {}}, "seeds": [0]})
+    write_plan(tmp_path / "empty", ("none", "x"), [0])
     runs = read_comparison(tmp_path / "empty")
     pictures.save(report_figure(runs, build_report(runs)), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"

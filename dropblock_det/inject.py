@@ -158,8 +158,10 @@ class RegularizerHandle:
         if not self.sites:
             return f"<{name}, not regularized>"
         kinds = dict.fromkeys(repr(self._site(site).regularizer) for site in self.sites)
-        span = self.sites[0] if len(self.sites) == 1 else f"{self.sites[0]} ... {self.sites[-1]}"
-        return f"<{name} with {', '.join(kinds)} at {len(self.sites)} site{'s' * (len(self.sites) > 1)}: {span}>"
+        where = self.sites[0]
+        if len(self.sites) > 1:
+            where = f"{len(self.sites)} sites: {self.sites[0]} ... {self.sites[-1]}"
+        return f"<{name} with {', '.join(kinds)} at {where}>"
 
 
 class Regularized(nn.Module):

@@ -233,33 +233,35 @@ def benchmark_train_step(
     from torchvision.models.detection import retinanet_resnet50_fpn
     from torchvision.ops import DropBlock2d
 
-    torch.manual_seed(0)
     height, width = size
-    model = retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, min_size=min(size), max_size=max(size)
-    )
-    model.to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     images = [torch.rand(3, height, width, device=device) for _ in range(batch)]
     box = torch.tensor([[width * 0.2, height * 0.2, width * 0.6, height * 0.7]], device=device)
     targets = [{"boxes": box, "labels": torch.tensor([1], device=device)} for _ in range(batch)]
 
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def training_step(make: Callable[[], nn.Module] | None) -> Callable[[], None]:
+        torch.manual_seed(0)
+        model = retinanet_resnet50_fpn(
+            weights=None, weights_backbone=None, min_size=min(size), max_size=max(size)
+        )
+        model.to(device).train()
+        if make:
+            regularize_(model, make, at="paper")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
-    def regularized_step(make: Callable[[], nn.Module]) -> None:
-        with regularize_(model, make, at="paper"):
-            step()
+        def step() -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = sum(model(images, targets).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
 
     works = {
-        "none": step,
-        "ours": lambda: regularized_step(lambda: make_regularizer("dropblock", p, block_size)),
-        "F.dropout": lambda: regularized_step(lambda: make_regularizer("dropout", p)),
-        "torchvision": lambda: regularized_step(lambda: DropBlock2d(p, block_size)),
+        "none": training_step(None),
+        "ours": training_step(lambda: make_regularizer("dropblock", p, block_size)),
+        "F.dropout": training_step(lambda: make_regularizer("dropout", p)),
+        "torchvision": training_step(lambda: DropBlock2d(p, block_size)),
     }
     setting = f"RetinaNet R50-FPN {batch}x3x{height}x{width} {'bfloat16' if device == 'cuda' else 'float32'}"
     return rows("train-step", f"{setting} k={block_size} p={p:g}", works, "none", rounds, device)

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "dropblock_det"
 # Each line may import from the lines above it and, within the line, from what stands to the left.
 ORDER = """
 errors schedule
-ops ops.reference ops.self_adjoint ops.cpu ops.cuda ops.dropblock
+ops ops.reference ops.gradients ops.cpu ops.cuda ops.dropblock
 layers
 placement inject sites torchvision_models
 detector

@@ -3,6 +3,7 @@
 The ``cuda`` path runs here in Triton's interpreter, in a process of its own: see ``test_cuda_kernels.py``.
 """
 
+import itertools
 import os
 
 import pytest
@@ -220,9 +221,6 @@ def test_func_transforms_are_right_or_refused():
         torch.func.jvp(lambda x: drop_block2d(x, 0.3, 3), (x,), (x,))
 
 
-@pytest.mark.xfail(
-    torch.__version__ < (2, 12), raises=torch._dynamo.exc.TorchRuntimeError, reason="refused by Dynamo"
-)
 def test_compiled_it_keeps_the_gradient_of_func_transforms():
     torch._dynamo.reset()
     x = torch.rand(2, 3, 9, 9) + 0.5
@@ -275,16 +273,12 @@ def test_compiled_without_break_or_recompilation(path, backend):
 
 def test_operators_pass_opcheck():
     p, seed = torch.tensor(0.3), torch.tensor(5)
-    for shape, per_channel, channels_last in [
-        ((6, 9, 7, 1), True, False),
-        ((2, 9, 7, 3), True, True),
-        ((2, 9, 7, 1), False, False),
-        ((2, 9, 7, 1), False, True),
-    ]:
-        torch.library.opcheck(cpu.count_kept, (p, seed, shape, 3, channels_last))
-        gamma, kept = cpu.count_kept(p, seed, shape, 3, False)
+    for per_channel, channels_last in itertools.product((True, False), repeat=2):
+        numbers, operators = (3, per_channel, channels_last), torch.ops.dropblock_det
         x = torch.randn(2, 3, 9, 7)
-        torch.library.opcheck(cpu.apply_seed, (x, seed, gamma, kept, 3, per_channel, channels_last))
+        torch.library.opcheck(operators.drop_seed, (x, p, seed, channels_last, *numbers))
+        _, *mask = operators.drop_seed(x, p, seed, False, *numbers)
+        torch.library.opcheck(operators.apply_seed, (x, *mask, *numbers))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01, cpu.DENSE - 0.01, cpu.DENSE + 0.01, 0.7, 1.0])

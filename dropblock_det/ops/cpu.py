@@ -8,17 +8,19 @@ A mask is thought of as flat memory of ``(planes, H, W, inner)``: ``(N*C, H, W, 
 ``(N, H, W, C)`` for a channels_last one. A block is then the same few offsets from its corner everywhere.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dropblock_det.ops.gradients import differentiable
 from dropblock_det.ops.reference import block_and_grid, seed_probability
-from dropblock_det.ops.self_adjoint import self_adjoint
 
 # Share of seeds above which one draw per position is faster than one logarithm per seed.
 DENSE = 0.25
+PIECE = 1 << 20  # elements
 
 
 def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
@@ -29,15 +31,17 @@ def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
     """
     if gamma > DENSE:
         return (torch.rand(count, generator=generator) < gamma).nonzero().view(-1).double()
-    found, last = [torch.empty(0, dtype=torch.float64)], -1.0
-    while gamma > 0 and last < count:
+    if gamma == 0:
+        return torch.empty(0, dtype=torch.float64)
+    found, last = [], -1.0
+    while last < count:
         expected = (count - 1 - last) * gamma
         draws = int(expected + 5 * math.sqrt(expected)) + 16
         uniform = torch.rand(draws, dtype=torch.float64, generator=generator)
         gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-gamma)).floor_().add_(1)
         found.append(gaps.cumsum_(0).add_(last))
         last = found[-1][-1].item()
-    seeds = torch.cat(found)
+    seeds = torch.cat(found) if len(found) > 1 else found[0]
     return seeds[: torch.searchsorted(seeds, count)]
 
 
@@ -72,81 +76,109 @@ def mask_from_corners(corners: Tensor, shape: Sequence[int], block_size: int) ->
     return dropped.view(*shape)
 
 
-@torch.library.custom_op("dropblock_det::count_kept", mutates_args=())
-def count_kept(
-    p: Tensor, seed: Tensor, shape: Sequence[int], block_size: int, exact: bool
-) -> tuple[Tensor, Tensor]:
-    """What the scale needs to know of the mask that ``seed`` stands for.
+def count_dropped(corners: Tensor, shape: Sequence[int], block_size: int) -> int:
+    """How many elements of the mask the blocks cover, counted in pieces that stay in the caches."""
+    planes, *plane = shape
+    size = math.prod(plane)
+    step = max(1, PIECE // size)
+    starts = torch.arange(0, planes + step, step) * size
+    bounds = torch.searchsorted(corners, starts).tolist()
+    dropped = 0
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        piece = (min(step, planes - i * step), *plane)
+        dropped += int(
+            mask_from_corners(corners[begin:end] - i * step * size, piece, block_size).count_nonzero()
+        )
+    return dropped
+
+
+torch.library.define(
+    "dropblock_det::drop_seed",
+    "(Tensor x, Tensor p, Tensor seed, bool exact, int block_size, bool per_channel, bool channels_last)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "dropblock_det::apply_seed",
+    "(Tensor x, Tensor seed, Tensor gamma, Tensor scale,"
+    " int block_size, bool per_channel, bool channels_last) -> Tensor",
+)
+
+
+@torch.library.impl("dropblock_det::drop_seed", "default")
+def drop_seed(
+    x: Tensor,
+    p: Tensor,
+    seed: Tensor,
+    exact: bool,
+    block_size: int,
+    per_channel: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``x * mask / kept share`` for a new mask, and what :func:`apply_seed` needs to know of the mask.
 
     Args:
+        x: ``(N, C, H, W)``.
         p: 0-dim drop probability.
-        seed: 0-dim int64.
-        shape: planes, H, W, inner.
-        block_size: side of the block.
+        seed: 0-dim int64, stands for the mask.
         exact: whether the calibration is ``"exact"``.
+        block_size: side of the block.
+        per_channel: whether the mask has the channels of ``x`` or one for all.
+        channels_last: whether the mask, and so the result, is in that memory format.
 
     Returns:
-        gamma, 0-dim float64, and the number of elements kept, 0-dim int64.
+        The result; the seed, 0-dim int64; gamma and the scale, 0-dim float64.
     """
-    _, height, width, _ = shape
+    shape = mask_shape(x, per_channel, channels_last)
     calibration = "exact" if exact else "paper"
-    gamma = seed_probability(min(max(p.item(), 0.0), 1.0), block_size, height, width, calibration)
+    gamma = seed_probability(min(max(p.item(), 0.0), 1.0), block_size, *shape[1:3], calibration)
     corners = draw_corners(gamma, int(seed.item()), shape, block_size)
-    dropped = mask_from_corners(corners, shape, block_size).count_nonzero()
-    return torch.tensor(gamma, dtype=torch.float64), math.prod(shape) - dropped
+    elements = math.prod(shape)
+    scale = elements / max(elements - count_dropped(corners, shape, block_size), 1)
+    y = scaled_and_filled(x, scale, corners, block_size, per_channel, channels_last)
+    return y, seed.clone(), torch.tensor(gamma, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64)
 
 
-@count_kept.register_fake
-def _(p: Tensor, seed: Tensor, shape: Sequence[int], block_size: int, exact: bool) -> tuple[Tensor, Tensor]:
-    return p.new_empty((), dtype=torch.float64), p.new_empty((), dtype=torch.int64)
-
-
-@torch.library.custom_op("dropblock_det::apply_seed", mutates_args=())
+@torch.library.impl("dropblock_det::apply_seed", "default")
 def apply_seed(
     x: Tensor,
     seed: Tensor,
     gamma: Tensor,
-    kept: Tensor,
+    scale: Tensor,
     block_size: int,
     per_channel: bool,
     channels_last: bool,
 ) -> Tensor:
-    """``x * mask / kept share`` for the mask that ``seed`` stands for.
-
-    Args:
-        x: ``(N, C, H, W)``.
-        seed: 0-dim int64.
-        gamma: 0-dim float64, the seeds' probability.
-        kept: 0-dim int64, the number of elements that the mask keeps.
-        block_size: side of the block.
-        per_channel: whether the mask has the channels of ``x`` or one for all.
-        channels_last: whether the mask, and so the result, is in that memory format.
-    """
+    """``x * mask / kept share`` for the mask of an earlier :func:`drop_seed`."""
     shape = mask_shape(x, per_channel, channels_last)
     corners = draw_corners(gamma.item(), int(seed.item()), shape, block_size)
+    return scaled_and_filled(x, scale.item(), corners, block_size, per_channel, channels_last)
+
+
+@torch.library.register_fake("dropblock_det::drop_seed")
+def _(x: Tensor, p: Tensor, seed: Tensor, *numbers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=memory_format(bool(numbers[-1])))
+    gamma, scale = (x.new_empty((), dtype=torch.float64) for _ in range(2))
+    return y, torch.empty_like(seed), gamma, scale
+
+
+@torch.library.register_fake("dropblock_det::apply_seed")
+def _(x: Tensor, *mask_and_numbers: Tensor | int) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(bool(mask_and_numbers[-1])))
+
+
+def scaled_and_filled(
+    x: Tensor, scale: float, corners: Tensor, block_size: int, per_channel: bool, channels_last: bool
+) -> Tensor:
+    """``x`` times ``scale``, a Python number that no dtype rounds, with zeros in the blocks."""
+    shape = mask_shape(x, per_channel, channels_last)
     y = torch.empty_like(x, memory_format=memory_format(channels_last))
-    # The scale is a Python number, which half precision does not round.
-    torch.mul(x, math.prod(shape) / max(int(kept.item()), 1), out=y)
+    torch.mul(x, scale, out=y)
     if per_channel:
-        fill_blocks(
-            y.permute(0, 2, 3, 1).view(-1) if channels_last else y.view(-1), corners, shape, block_size, 0
-        )
+        flat = (y.permute(0, 2, 3, 1) if channels_last else y).view(-1)
+        fill_blocks(flat, corners, shape, block_size, 0)
         return y
     n, _, height, width = x.shape
     return y.masked_fill_(mask_from_corners(corners, shape, block_size).view(n, 1, height, width), 0)
-
-
-@apply_seed.register_fake
-def _(
-    x: Tensor,
-    seed: Tensor,
-    gamma: Tensor,
-    kept: Tensor,
-    block_size: int,
-    per_channel: bool,
-    channels_last: bool,
-) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(channels_last))
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -161,20 +193,4 @@ def mask_shape(x: Tensor, per_channel: bool, channels_last: bool) -> tuple[int, 
     return (n, height, width, c) if channels_last else (n * c, height, width, 1)
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the mask of ``x`` is to lie in memory as channels_last."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-apply = self_adjoint(torch.ops.dropblock_det.apply_seed)
-
-
-def draw(
-    x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str
-) -> tuple[Tensor | int | bool, ...]:
-    """What ``apply`` takes after ``x``."""
-    channels_last = is_channels_last(x)
-    shape = mask_shape(x, per_channel, channels_last)
-    seed = torch.randint(2**62, (), device=x.device)
-    gamma, kept = count_kept(p, seed, shape, block_size, calibration == "exact")
-    return seed, gamma, kept, block_size, per_channel, channels_last
+drop = differentiable(torch.ops.dropblock_det.drop_seed, torch.ops.dropblock_det.apply_seed, numbers=3)

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropblock_det.ops.cpu import is_channels_last, mask_shape, memory_format
+from dropblock_det.ops.cpu import mask_shape, memory_format
+from dropblock_det.ops.gradients import differentiable
 from dropblock_det.ops.reference import block_and_grid
-from dropblock_det.ops.self_adjoint import self_adjoint
 
 WORDS = 256  # words of 32 bits per program: 8,192 elements
 
@@ -174,7 +174,17 @@ def _scale(
     tl.store(y_ptr + element, y.to(x.dtype), inside)
 
 
-@torch.library.custom_op("dropblock_det::draw_bits", mutates_args=())
+torch.library.define(
+    "dropblock_det::draw_bits",
+    "(Tensor p, Tensor seed, SymInt[] shape, int block_size, bool exact) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "dropblock_det::apply_bits",
+    "(Tensor x, Tensor bits, Tensor kept, bool per_channel, bool channels_last) -> Tensor",
+)
+
+
+@torch.library.impl("dropblock_det::draw_bits", "default")
 def draw_bits(
     p: Tensor, seed: Tensor, shape: Sequence[int], block_size: int, exact: bool
 ) -> tuple[Tensor, Tensor]:
@@ -203,7 +213,7 @@ def draw_bits(
         return spread_seeds(seeds, kept, shape, block_size), kept
 
 
-@draw_bits.register_fake
+@torch.library.register_fake("dropblock_det::draw_bits")
 def _(p: Tensor, seed: Tensor, shape: Sequence[int], block_size: int, exact: bool) -> tuple[Tensor, Tensor]:
     elements = shape[0] * shape[1] * shape[2] * shape[3]
     return p.new_empty((elements + 31) // 32, dtype=torch.int32), p.new_empty((), dtype=torch.int64)
@@ -235,7 +245,7 @@ def spread_seeds(seeds: Tensor, kept: Tensor, shape: Sequence[int], block_size: 
     return blocks
 
 
-@torch.library.custom_op("dropblock_det::apply_bits", mutates_args=())
+@torch.library.impl("dropblock_det::apply_bits", "default")
 def apply_bits(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_last: bool) -> Tensor:
     """``x * mask / kept share``.
 
@@ -261,20 +271,24 @@ def apply_bits(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channel
     return y
 
 
-@apply_bits.register_fake
+@torch.library.register_fake("dropblock_det::apply_bits")
 def _(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_last: bool) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(channels_last))
 
 
-apply = self_adjoint(torch.ops.dropblock_det.apply_bits)
-
-
-def draw(
-    x: Tensor, p: Tensor, block_size: int, per_channel: bool, calibration: str
-) -> tuple[Tensor, Tensor, bool, bool]:
-    """What ``apply`` takes after ``x``, the mask in the memory format of ``x``."""
-    channels_last = is_channels_last(x)
+def draw_and_apply(
+    x: Tensor,
+    p: Tensor,
+    seed: Tensor,
+    exact: bool,
+    block_size: int,
+    per_channel: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x * mask / kept share`` for a new mask; the mask; the number of elements kept."""
     shape = mask_shape(x, per_channel, channels_last)
-    seed = torch.randint(2**62, (), device=x.device)
-    bits, kept = draw_bits(p, seed, shape, block_size, calibration == "exact")
-    return bits, kept, per_channel, channels_last
+    bits, kept = torch.ops.dropblock_det.draw_bits(p, seed, shape, block_size, exact)
+    return torch.ops.dropblock_det.apply_bits(x, bits, kept, per_channel, channels_last), bits, kept
+
+
+drop = differentiable(draw_and_apply, torch.ops.dropblock_det.apply_bits, numbers=2)

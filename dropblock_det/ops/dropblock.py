@@ -75,7 +75,9 @@ def drop_block2d(
         return reference.drop_block2d(x, min(max(float(p), 0.0), 1.0), block_size, per_channel, calibration)
     if not isinstance(p, Tensor):
         p = torch.full((), p, dtype=torch.float32, device=x.device)
-    return path.apply(x, *path.draw(x, p, block_size, per_channel, calibration))
+    seed = torch.randint(2**62, (), device=x.device)
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return path.drop(x, p, seed, calibration == "exact", block_size, per_channel, channels_last)
 
 
 def _path(x: Tensor) -> ModuleType:

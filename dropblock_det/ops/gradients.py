@@ -74,7 +74,7 @@ def differentiable(
         return Drop.apply(x, *inputs)[0]
 
     def again(grad: Tensor, *inputs: Any) -> Tensor:
-        # Compiled graphs have no second derivative, and Dynamo of torch 2.11 traces no function in a backward.
+        # Compiled graphs have no second derivative; Dynamo of torch 2.11 traces no function in a backward.
         return (apply if torch.compiler.is_compiling() else Again.apply)(grad, *inputs)
 
     return first

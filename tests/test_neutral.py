@@ -222,13 +222,13 @@ def examine(name, onnx_nodes=sys.maxsize):
 
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_one_builder_per_family_is_neutral_and_trains(name):
-    seen = examine(name, onnx_nodes=450)  # larger ones take long
+    seen = examine(name, onnx_nodes=400)  # larger ones take long
     assert all(seen["neutral"].values()), seen["neutral"]
     assert all(seen["trains"].values()), seen["trains"]
     assert seen["sites"] > 0
 
 
-@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "fcos_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "maskrcnn_resnet50_fpn"])
 def test_regularizers_of_pyramids_and_heads_leave_no_trace(name):
     model = build_without_weights(name, **lookup(ARGUMENTS, name, {})).eval()
     arguments = inputs(name)

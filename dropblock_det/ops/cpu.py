@@ -20,7 +20,7 @@ from dropblock_det.ops.reference import block_and_grid, seed_probability
 
 # Share of seeds above which one draw per position is faster than one logarithm per seed.
 DENSE = 0.25
-PIECE = 1 << 20  # elements
+PIECE = 1 << 23  # elements
 
 
 def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from PIL import Image
 from tiny_run import arguments, start
 
 from dropblock_det.errors import run_tool
+
+# Jobs in the background of a shell ignore Ctrl-C, and so would all processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

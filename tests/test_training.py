@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 
@@ -143,8 +144,13 @@ def test_the_figures_do_not_depend_on_the_number_of_processes(run, tmp_path):
     (tmp_path / "evaluate.py").write_text(EVALUATE)
     command = [sys.executable, tmp_path / "evaluate.py", run / "checkpoints" / "best.ckpt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [server.getsockname()[1] for server in (one, other)]  # left to themselves both may find one
     started = [
-        subprocess.Popen([*command, tmp_path / f"{devices}.json", str(devices)], env=environment)
+        subprocess.Popen(
+            [*command, tmp_path / f"{devices}.json", str(devices)],
+            env=environment | {"MASTER_PORT": str(ports[devices % 2])},
+        )
         for devices in (1, 2, 3)
     ]
     assert [process.wait(timeout=300) for process in started] == [0, 0, 0]

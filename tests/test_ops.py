@@ -284,15 +284,31 @@ def test_operators_pass_opcheck():
 @pytest.mark.parametrize("gamma", [0.0, 0.01, cpu.DENSE - 0.01, cpu.DENSE + 0.01, 0.7, 1.0])
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize("shape", [(6, 9, 14, 1), (2, 20, 9, 5), (7, 1, 1, 1), (3, 1, 33, 2)])
-def test_cpu_mask_is_the_references_bit_for_bit(shape, block_size, gamma):
+@pytest.mark.parametrize("piece", [1, 300, cpu.PIECE])
+def test_cpu_mask_is_the_references_bit_for_bit(monkeypatch, shape, block_size, gamma, piece):
     planes, height, width, inner = shape
     _, _, grid_h, grid_w = reference.block_and_grid(height, width, block_size)
-    grid = torch.zeros(planes, grid_h, grid_w, inner, dtype=torch.bool)
-    seeds = cpu.draw_seeds(grid.numel(), gamma, torch.Generator().manual_seed(8))
-    grid.view(-1)[seeds.long()] = True
-    expected = reference.mask_from_seeds(grid.permute(0, 3, 1, 2), block_size, height, width)
-    corners = cpu.draw_corners(gamma, 8, shape, block_size)
-    assert torch.equal(~cpu.mask_from_corners(corners, shape, block_size), expected.permute(0, 2, 3, 1))
+    grid, generator = (planes, grid_h, grid_w, inner), torch.Generator().manual_seed(8)
+    if gamma > cpu.DENSE:
+        seeds = torch.rand(grid, generator=generator) < gamma
+    else:
+        seeds = torch.zeros(grid, dtype=torch.bool)
+        seeds.view(-1)[cpu.draw_seeds(seeds.numel(), gamma, generator).long()] = True
+    expected = reference.mask_from_seeds(seeds.permute(0, 3, 1, 2), block_size, height, width)
+    dropped = ~expected.permute(0, 2, 3, 1)
+    assert torch.equal(cpu.draw_mask(gamma, 8, shape, block_size, dense=True), dropped)
+    monkeypatch.setattr(cpu, "PIECE", piece)
+    mask = cpu.draw_mask(gamma, 8, shape, block_size, dense=False)
+    assert cpu.count_dropped(mask, shape, block_size) == dropped.sum()
+    for channels_last in {True, inner > 1}:  # a map of one channel is both
+        x = torch.full(shape, torch.inf).permute(0, 3, 1, 2)
+        y = cpu.apply_mask(x, mask, 2.0, block_size, channels_last)
+        assert torch.equal(y == 0, ~expected)
+    if inner == 1:
+        y = cpu.apply_mask(
+            torch.full((planes, 3, height, width), -torch.inf), ~expected, 2.0, block_size, False
+        )
+        assert torch.equal(y == 0, (~expected).expand_as(y))
 
 
 @pytest.mark.parametrize("gamma", [1e-5, 0.01, 0.2, 0.9])

@@ -1,5 +1,8 @@
 """The fast CPU path: one draw per seed, one scaled copy, and zeros written where the blocks are.
 
+Where seeds are dense (block size 1) it draws once per position instead, and a mask shared by all channels is
+small: both are made as masks, which clear the bits of what they drop.
+
 No mask is kept: both operators are pure functions of a seed that is drawn outside, by PyTorch's generator,
 and backward draws the same blocks again. So compiling, recomputing under activation checkpointing and
 reseeding behave as for ``F.dropout``.
@@ -8,9 +11,9 @@ A mask is thought of as flat memory of ``(planes, H, W, inner)``: ``(N*C, H, W, 
 ``(N, H, W, C)`` for a channels_last one. A block is then the same few offsets from its corner everywhere.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,17 +23,17 @@ from dropblock_det.ops.reference import block_and_grid, seed_probability
 
 # Share of seeds above which one draw per position is faster than one logarithm per seed.
 DENSE = 0.25
-PIECE = 1 << 23  # elements
+# Elements that are scaled, and then filled, while they are in the caches.
+PIECE = 1 << 20
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
     """Successes of ``count`` Bernoulli(gamma) trials: their sorted indices, float64.
 
-    Mostly at one draw per success: the gap from a success to the next is geometric, which is the floor of an
+    At about one draw per success: the gap from a success to the next is geometric, which is the floor of an
     exponential variable, plus one.
     """
-    if gamma > DENSE:
-        return (torch.rand(count, generator=generator) < gamma).nonzero().view(-1).double()
     if gamma == 0:
         return torch.empty(0, dtype=torch.float64)
     found, last = [], -1.0
@@ -45,51 +48,102 @@ def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
     return seeds[: torch.searchsorted(seeds, count)]
 
 
-def draw_corners(gamma: float, seed: int, shape: Sequence[int], block_size: int) -> Tensor:
-    """Offsets of the blocks' top-left corners in the flat mask of ``shape``, int64, sorted."""
+def draw_mask(gamma: float, seed: int, shape: Sequence[int], block_size: int, dense: bool) -> Tensor:
+    """What is dropped of a mask of ``shape`` (planes, H, W, inner).
+
+    Returns:
+        Offsets of the blocks' top-left corners in the flat mask, int64, sorted; if ``dense``, or where these
+        would be too many, the mask itself, bool, True where dropped.
+    """
     planes, height, width, inner = shape
-    _, _, grid_h, grid_w = block_and_grid(height, width, block_size)
+    kh, kw, grid_h, grid_w = block_and_grid(height, width, block_size)
     generator = torch.Generator().manual_seed(seed)
+    if gamma > DENSE:
+        seeds = torch.rand(planes, grid_h, grid_w, inner, generator=generator) < gamma
+        return widened(widened(seeds, 1, kh), 2, kw)
     corners = draw_seeds(planes * grid_h * grid_w * inner, gamma, generator)
     # From the index among the positions where a block fits to the offset in the map: every row and plane
     # before it adds its positions where none fits. The half keeps the floors of inexact products exact.
     row = corners.add(0.5).mul_(1 / (grid_w * inner)).floor_()
     corners.add_(row, alpha=(width - grid_w) * inner)
     plane = row.add_(0.5).mul_(1 / grid_h).floor_()
-    return corners.add_(plane, alpha=(height - grid_h) * width * inner).long()
+    corners = corners.add_(plane, alpha=(height - grid_h) * width * inner).long()
+    if dense:
+        return fill_blocks(torch.zeros(shape, dtype=torch.bool), corners, shape, block_size, True)
+    return corners
 
 
-def fill_blocks(flat: Tensor, corners: Tensor, shape: Sequence[int], block_size: int, value: float) -> None:
-    """Writes ``value`` into the blocks at ``corners``; ``flat`` is memory in the order of the mask."""
+def widened(seeds: Tensor, dim: int, k: int) -> Tensor:
+    """``seeds`` and the ``k - 1`` positions after each along ``dim``, which grows by as many."""
+    dropped = seeds.new_zeros([n + k - 1 if i == dim else n for i, n in enumerate(seeds.shape)])
+    dropped.narrow(dim, 0, seeds.shape[dim]).copy_(seeds)
+    reach = 1
+    while reach < k:  # what covers r positions, ored with itself s <= r further on, covers r + s
+        step = min(reach, k - reach)
+        size = dropped.shape[dim] - step
+        dropped.narrow(dim, step, size).logical_or_(dropped.narrow(dim, 0, size).clone())
+        reach += step
+    return dropped
+
+
+def fill_blocks(
+    memory: Tensor, corners: Tensor, shape: Sequence[int], block_size: int, value: float
+) -> Tensor:
+    """Writes ``value`` into the blocks at ``corners``; ``memory`` is whole planes of the mask."""
     _, height, width, inner = shape
     kh, kw, _, _ = block_and_grid(height, width, block_size)
     last = ((kh - 1) * width + kw - 1) * inner  # from a block's first element to its last
-    blocks = flat.as_strided((flat.numel() - last, kh, kw), (1, width * inner, inner))
+    blocks = memory.as_strided((memory.numel() - last, kh, kw), (1, width * inner, inner))
     # Blocks share memory with one another. That is safe: every write is of the same value.
     blocks.index_fill_(0, corners, value)
+    return memory
 
 
-def mask_from_corners(corners: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
-    """The mask of ``shape`` (planes, H, W, inner), bool, True where dropped."""
-    dropped = torch.zeros(math.prod(shape), dtype=torch.bool)
-    fill_blocks(dropped, corners, shape, block_size, True)
-    return dropped.view(*shape)
-
-
-def count_dropped(corners: Tensor, shape: Sequence[int], block_size: int) -> int:
-    """How many elements of the mask the blocks cover, counted in pieces that stay in the caches."""
+def pieces(corners: Tensor, shape: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Cuts flat memory between planes: where a piece begins and ends, and the corners, counted from there."""
     planes, *plane = shape
     size = math.prod(plane)
-    step = max(1, PIECE // size)
-    starts = torch.arange(0, planes + step, step) * size
-    bounds = torch.searchsorted(corners, starts).tolist()
-    dropped = 0
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        piece = (min(step, planes - i * step), *plane)
-        dropped += int(
-            mask_from_corners(corners[begin:end] - i * step * size, piece, block_size).count_nonzero()
-        )
-    return dropped
+    bounds = [*range(0, planes * size, max(1, PIECE // size) * size), planes * size]
+    inside = torch.searchsorted(corners, torch.tensor(bounds)).tolist()
+    for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(inside), strict=True):
+        yield begin, end, corners[first:last] - begin
+
+
+def count_dropped(mask: Tensor, shape: Sequence[int], block_size: int) -> int:
+    """How many elements of the mask of ``shape`` are dropped, ``mask`` being what ``draw_mask`` returned."""
+    if mask.dtype == torch.bool:
+        return int(mask.count_nonzero())
+    count = 0
+    for begin, end, corners in pieces(mask, shape):
+        # Eight bytes make an integer, and adding 255 of them carries nothing from one byte into the next.
+        # So every byte of the sums is a count of its own; count_nonzero takes ten times as long.
+        dropped = torch.zeros(255, -(-(end - begin) // (255 * 8)) * 8, dtype=torch.bool)
+        fill_blocks(dropped, corners, shape, block_size, True)
+        count += int(dropped.view(torch.int64).sum(0).view(torch.uint8).sum())
+    return count
+
+
+def apply_mask(x: Tensor, mask: Tensor, scale: float, block_size: int, channels_last: bool) -> Tensor:
+    """``x`` times ``scale``, a Python number that no dtype rounds, and 0 where ``draw_mask`` drops."""
+    x = x.contiguous(memory_format=memory_format(channels_last))
+    y = torch.empty_like(x, memory_format=memory_format(channels_last))
+    # In the order of memory: (N, H, W, C) or (N, C, H, W).
+    source, result = (t.permute(0, 2, 3, 1) if channels_last else t for t in (x, y))
+    if mask.dtype != torch.bool:
+        source, result, shape = source.view(-1), result.view(-1), mask_shape(x, True, channels_last)
+        for begin, end, corners in pieces(mask, shape):
+            torch.mul(source[begin:end], scale, out=result[begin:end])
+            fill_blocks(result[begin:end], corners, shape, block_size, 0)
+        return y
+    n, _, height, width = x.shape
+    dropped = mask.view(n, height, width, -1) if channels_last else mask.view(n, -1, height, width)
+    bits = BITS[x.element_size()]
+    samples = max(1, PIECE // x[0].numel())
+    for some in (slice(i, i + samples) for i in range(0, n, samples)):
+        torch.mul(source[some], scale, out=result[some])
+        # And with -1 keeps, and with 0 drops, also what is inf or nan.
+        result[some].view(bits).bitwise_and_(dropped[some].to(bits).sub_(1))
+    return y
 
 
 torch.library.define(
@@ -131,10 +185,10 @@ def drop_seed(
     shape = mask_shape(x, per_channel, channels_last)
     calibration = "exact" if exact else "paper"
     gamma = seed_probability(min(max(p.item(), 0.0), 1.0), block_size, *shape[1:3], calibration)
-    corners = draw_corners(gamma, int(seed.item()), shape, block_size)
+    mask = draw_mask(gamma, int(seed.item()), shape, block_size, dense=not per_channel)
     elements = math.prod(shape)
-    scale = elements / max(elements - count_dropped(corners, shape, block_size), 1)
-    y = scaled_and_filled(x, scale, corners, block_size, per_channel, channels_last)
+    scale = elements / max(elements - count_dropped(mask, shape, block_size), 1)
+    y = apply_mask(x, mask, scale, block_size, channels_last)
     return y, seed.clone(), torch.tensor(gamma, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64)
 
 
@@ -150,8 +204,8 @@ def apply_seed(
 ) -> Tensor:
     """``x * mask / kept share`` for the mask of an earlier :func:`drop_seed`."""
     shape = mask_shape(x, per_channel, channels_last)
-    corners = draw_corners(gamma.item(), int(seed.item()), shape, block_size)
-    return scaled_and_filled(x, scale.item(), corners, block_size, per_channel, channels_last)
+    mask = draw_mask(gamma.item(), int(seed.item()), shape, block_size, dense=not per_channel)
+    return apply_mask(x, mask, scale.item(), block_size, channels_last)
 
 
 @torch.library.register_fake("dropblock_det::drop_seed")
@@ -164,21 +218,6 @@ def _(x: Tensor, p: Tensor, seed: Tensor, *numbers: int) -> tuple[Tensor, Tensor
 @torch.library.register_fake("dropblock_det::apply_seed")
 def _(x: Tensor, *mask_and_numbers: Tensor | int) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(bool(mask_and_numbers[-1])))
-
-
-def scaled_and_filled(
-    x: Tensor, scale: float, corners: Tensor, block_size: int, per_channel: bool, channels_last: bool
-) -> Tensor:
-    """``x`` times ``scale``, a Python number that no dtype rounds, with zeros in the blocks."""
-    shape = mask_shape(x, per_channel, channels_last)
-    y = torch.empty_like(x, memory_format=memory_format(channels_last))
-    torch.mul(x, scale, out=y)
-    if per_channel:
-        flat = (y.permute(0, 2, 3, 1) if channels_last else y).view(-1)
-        fill_blocks(flat, corners, shape, block_size, 0)
-        return y
-    n, _, height, width = x.shape
-    return y.masked_fill_(mask_from_corners(corners, shape, block_size).view(n, 1, height, width), 0)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

@@ -283,7 +283,10 @@ def test_operators_pass_opcheck():
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01, cpu.DENSE - 0.01, cpu.DENSE + 0.01, 0.7, 1.0])
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 40])
-@pytest.mark.parametrize("shape", [(6, 9, 14, 1), (2, 20, 9, 5), (7, 1, 1, 1), (3, 1, 33, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [(6, 9, 14, 1), (2, 20, 9, 5), (7, 1, 1, 1), (3, 1, 33, 2), (3, 50, 50, 1)],  # 49 * (1 / 49) < 1
+)
 @pytest.mark.parametrize("piece", [1, 300, cpu.PIECE])
 def test_cpu_mask_is_the_references_bit_for_bit(monkeypatch, shape, block_size, gamma, piece):
     planes, height, width, inner = shape
@@ -309,6 +312,11 @@ def test_cpu_mask_is_the_references_bit_for_bit(monkeypatch, shape, block_size, 
             torch.full((planes, 3, height, width), -torch.inf), ~expected, 2.0, block_size, False
         )
         assert torch.equal(y == 0, (~expected).expand_as(y))
+
+
+@pytest.mark.parametrize("size", [1, 255 * 8 - 1, 255 * 8, 256 * 8, 70_000])
+def test_count_of_a_mask_all_dropped(size):
+    assert cpu.count_dropped(torch.arange(size), (1, 1, size, 1), 1) == size
 
 
 @pytest.mark.parametrize("gamma", [1e-5, 0.01, 0.2, 0.9])

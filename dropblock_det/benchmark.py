@@ -1,13 +1,12 @@
 """Paired measurements of DropBlock implementations, as functions and inside a RetinaNet's training step."""
 
-import csv
 import importlib.metadata
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ class Row:
     """One provider in one setting; milliseconds of forward and backward (and optimizer)."""
 
     what: str
-    provider: str
     setting: str
+    shape: str
+    provider: str
     rounds: int
     median_ms: float
     q10_ms: float
@@ -158,7 +158,13 @@ def measure(
 
 
 def rows(
-    what: str, setting: str, works: Mapping[str, Callable[[], Any]], baseline: str, rounds: int, device: str
+    what: str,
+    setting: str,
+    shape: Sequence[int],
+    works: Mapping[str, Callable[[], Any]],
+    baseline: str,
+    rounds: int,
+    device: str,
 ) -> list[Row]:
     """Measures ``works`` and the memory of each."""
     memory = {name: peak_memory(work, device) for name, work in works.items()} if what == "op" else {}
@@ -170,8 +176,8 @@ def rows(
         low, high = quantiles(times)
         ratio_low, ratio_high = quantiles(ratios)
         made.append(
-            Row(what, name, setting, rounds, statistics.median(times), low, high, baseline,
-                statistics.median(ratios), ratio_low, ratio_high,
+            Row(what, setting, "x".join(map(str, shape)), name, rounds, statistics.median(times), low, high,
+                baseline, statistics.median(ratios), ratio_low, ratio_high,
                 memory.get(name), hardware(device), versions)
         )  # fmt: skip
     return made
@@ -220,10 +226,10 @@ def benchmark_op(
             continue
         works[name] = work
     setting = (
-        f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+        f"{str(dtype).removeprefix('torch.')}"
         f"{' channels_last' if channels_last else ''} k={block_size} p={p:g}"
     )
-    return rows("op", setting, works, BASELINE, rounds, device)
+    return rows("op", setting, shape, works, BASELINE, rounds, device)
 
 
 def benchmark_train_step(
@@ -263,86 +269,5 @@ def benchmark_train_step(
         "F.dropout": training_step(lambda: make_regularizer("dropout", p)),
         "torchvision": training_step(lambda: DropBlock2d(p, block_size)),
     }
-    setting = f"RetinaNet R50-FPN {batch}x3x{height}x{width} {'bfloat16' if device == 'cuda' else 'float32'}"
-    return rows("train-step", f"{setting} k={block_size} p={p:g}", works, "none", rounds, device)
-
-
-def append_csv(path: Path, made: list[Row]) -> None:
-    """Appends rows, with a header when the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(made[0])), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in made:
-            numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(numbers)
-
-
-def latest(path: Path) -> dict[tuple[str, str, str], list[dict[str, str]]]:
-    """The newest row of every provider, by hardware, kind and setting, fastest first."""
-    newest = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            newest[row["hardware"], row["what"], row["setting"], row["provider"]] = row
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for key, row in sorted(newest.items(), key=lambda item: (item[0][:3], float(item[1]["relative"]))):
-        groups.setdefault(key[:3], []).append(row)
-    return groups
-
-
-def markdown(path: Path) -> str:
-    """The newest rows of a CSV as tables."""
-    text = ["# Measured by tools/benchmark.py", ""]
-    text += [
-        "Forward and backward; medians, in brackets the 10 % and 90 % quantiles. 'Relative' is the median of"
-    ]
-    text += [
-        "the ratios within a round, so that a slow minute of the machine slows both sides of a ratio.",
-        "",
-    ]
-    for (machine, what, setting), group in latest(path).items():
-        first = group[0]
-        text += [f"## {what}: {setting}", "", f"{machine}; {first['versions']}; {first['rounds']} rounds", ""]
-        text += [f"| | ms | relative to {first['relative_to']} | peak memory, MiB |", "|---|---|---|---|"]
-        for row in group:
-            took = f"{row['median_ms']} ({row['q10_ms']} – {row['q90_ms']})"
-            ratio = f"{row['relative']} ({row['relative_q10']} – {row['relative_q90']})"
-            text.append(f"| {row['provider']} | {took} | {ratio} | {row['peak_memory_mib']} |")
-        text.append("")
-    return "\n".join(text)
-
-
-def plot(path: Path, picture: Path) -> None:
-    """The newest rows of a CSV as bars, one panel per setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    groups = latest(path)
-    heights = [0.32 * len(group) + 0.9 for group in groups.values()]
-    figure, axes = plt.subplots(
-        len(groups), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-    )
-    for axis, ((machine, what, setting), group) in zip(axes[:, 0], groups.items(), strict=True):
-        values = [float(row["relative"]) for row in group]
-        spread = [
-            [max(0.0, v - float(row["relative_q10"])) for v, row in zip(values, group, strict=True)],
-            [max(0.0, float(row["relative_q90"]) - v) for v, row in zip(values, group, strict=True)],
-        ]
-        colours = ["tab:orange" if row["provider"].startswith("ours") else "tab:gray" for row in group]
-        names = [row["provider"] for row in group]
-        axis.barh(
-            names, values, xerr=[[max(0, s) for s in side] for side in spread], color=colours, ecolor="black"
-        )
-        axis.bar_label(axis.containers[1], [f" {v:.2f}" for v in values], padding=4)
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{what}: {setting}\n{machine}", fontsize=9, loc="left")
-        axis.set_xlabel(f"time relative to {group[0]['relative_to']} (median; bars: 10 % to 90 % of rounds)")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    setting = f"RetinaNet R50-FPN {'bfloat16' if device == 'cuda' else 'float32'} k={block_size} p={p:g}"
+    return rows("train-step", setting, (batch, 3, height, width), works, "none", rounds, device)

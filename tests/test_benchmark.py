@@ -1,10 +1,12 @@
 """The benchmark's bookkeeping, on a map too small to time anything."""
 
 import csv
+import re
+from dataclasses import replace
 
 import torch
 
-from dropblock_det import benchmark
+from dropblock_det import benchmark, benchmark_report
 
 
 def test_rows_table_and_plot(tmp_path):
@@ -19,14 +21,20 @@ def test_rows_table_and_plot(tmp_path):
     assert all(row.q10_ms <= row.median_ms <= row.q90_ms for row in made)
 
     path = tmp_path / "new" / "rows.csv"
-    benchmark.append_csv(path, made)
-    benchmark.append_csv(path, made)
+    benchmark_report.append_csv(path, made)
+    later = [replace(row, relative=0.9876) if row.provider == "ours, cpu" else row for row in made]
+    larger = [replace(row, shape="10x8x6x6") for row in made if row.provider != "F.dropout2d"]
+    benchmark_report.append_csv(path, later + larger)
     rows = list(csv.DictReader(path.open()))
-    assert len(rows) == 2 * len(made)
+    assert len(rows) == 3 * len(made) - 1
     assert f"torch {torch.__version__.split('+')[0]}" in rows[0]["versions"]
     assert rows[0]["hardware"]
-    assert benchmark.markdown(path).count("| ours, cpu |") == 1  # the newest only
-    benchmark.plot(path, tmp_path / "rows.png")
+    tables = benchmark_report.markdown(path)
+    assert "| | 1x8x6x6 | 10x8x6x6 |" in tables
+    assert tables.count("\n| ours, cpu |") == 2  # a line of times and one of memory
+    assert "\n| ours, cpu | 0.988 (" in tables  # the newest
+    assert re.search(r"\n\| F.dropout2d \| \S+ \(\S+\) \|  \|\n", tables)  # not measured there
+    benchmark_report.plot(path, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 5000
 
 

@@ -21,7 +21,7 @@ evaluation
 training callbacks
 records pictures runs cli
 comparison report_statistics report_words report report_figure report_page
-benchmark
+benchmark benchmark_report
 """
 LAYERS = ORDER.split()
 

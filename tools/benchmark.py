@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dropblock_det import benchmark
+from dropblock_det import benchmark, benchmark_report
 from dropblock_det.errors import InputError, run_tool
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -45,10 +45,13 @@ def main() -> None:
     for made in settings(given, gpu):
         for row in made:
             ratio = f"{row.relative:6.2f} x {row.relative_to}"
-            print(f"{row.setting:44} {row.provider:30} {row.median_ms:9.2f} ms  {ratio}", flush=True)
-        benchmark.append_csv(given.output, made)  # now: a run that is cut short keeps what it has
-    given.output.with_suffix(".md").write_text(benchmark.markdown(given.output))
-    benchmark.plot(given.output, given.output.with_suffix(".png"))
+            print(
+                f"{row.shape:14} {row.setting:22} {row.provider:30} {row.median_ms:9.2f} ms  {ratio}",
+                flush=True,
+            )
+        benchmark_report.append_csv(given.output, made)  # now: a run that is cut short keeps what it has
+    given.output.with_suffix(".md").write_text(benchmark_report.markdown(given.output))
+    benchmark_report.plot(given.output, given.output.with_suffix(".png"))
     print(f"rows appended to {given.output}; table and plot beside it")
 
 

@@ -190,13 +190,16 @@ def quantiles(values: list[float]) -> tuple[float, float]:
 
 
 def hardware(device: str) -> str:
-    """The processor that did the work, and its threads."""
+    """The processor that did the work; of a CPU also its threads, and how malloc was told to keep memory."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    return ", ".join(
+        [names[0] if names else platform.processor(), f"{torch.get_num_threads()} threads", *told]
+    )
 
 
 def benchmark_op(

@@ -287,8 +287,8 @@ def test_operators_pass_opcheck():
     "shape",
     [(6, 9, 14, 1), (2, 20, 9, 5), (7, 1, 1, 1), (3, 1, 33, 2), (3, 50, 50, 1)],  # 49 * (1 / 49) < 1
 )
-@pytest.mark.parametrize("piece", [1, 300, cpu.PIECE])
-def test_cpu_mask_is_the_references_bit_for_bit(monkeypatch, shape, block_size, gamma, piece):
+@pytest.mark.parametrize(("piece", "row_by_row"), [(1, 0), (300, cpu.ROW_BY_ROW), (cpu.PIECE, 10)])
+def test_cpu_mask_is_the_references_bit_for_bit(monkeypatch, shape, block_size, gamma, piece, row_by_row):
     planes, height, width, inner = shape
     _, _, grid_h, grid_w = reference.block_and_grid(height, width, block_size)
     grid, generator = (planes, grid_h, grid_w, inner), torch.Generator().manual_seed(8)
@@ -301,6 +301,7 @@ def test_cpu_mask_is_the_references_bit_for_bit(monkeypatch, shape, block_size, 
     dropped = ~expected.permute(0, 2, 3, 1)
     assert torch.equal(cpu.draw_mask(gamma, 8, shape, block_size, dense=True), dropped)
     monkeypatch.setattr(cpu, "PIECE", piece)
+    monkeypatch.setattr(cpu, "ROW_BY_ROW", row_by_row)
     mask = cpu.draw_mask(gamma, 8, shape, block_size, dense=False)
     assert cpu.count_dropped(mask, shape, block_size) == dropped.sum()
     for channels_last in {True, inner > 1}:  # a map of one channel is both

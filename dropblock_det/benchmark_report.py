@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from textwrap import wrap
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -102,11 +103,11 @@ def plot(path: Path, picture: Path) -> None:
     """The newest rows of a CSV, a panel per setting: a line per provider, on it a dot per shape."""
     groups = newest_rows(path)
     down = math.ceil(len(groups) / COLUMNS)
-    figure = Figure(figsize=(7 * COLUMNS, 4.2 * down), layout="constrained")
+    figure = Figure(figsize=(7 * COLUMNS, 4.4 * down), layout="constrained")
     panels = list(figure.subplots(down, COLUMNS, squeeze=False).flat)
     for axes, ((machine, what, setting), group) in zip(panels, groups.items(), strict=False):
         draw(axes, group)
-        axes.set_title(f"{what}: {setting}\n{machine}", fontsize=10, loc="left")
+        axes.set_title("\n".join([f"{what}: {setting}", *wrap(machine, 55)]), fontsize=9, loc="left")
     for axes in panels[len(groups) :]:
         axes.remove()
     figure.savefig(picture, dpi=100)

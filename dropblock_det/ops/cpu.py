@@ -33,8 +33,8 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
     """Successes of ``count`` Bernoulli(gamma) trials: their sorted indices, float64.
 
-    At about one draw per success: the gap from a success to the next is geometric, which is the floor of an
-    exponential variable, plus one.
+    At about one draw per success: the gap from a success to the next is geometric, which is an exponential
+    variable rounded up.
     """
     if gamma == 0:
         return torch.empty(0, dtype=torch.float64)
@@ -42,8 +42,8 @@ def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
     while last < count:
         expected = (count - 1 - last) * gamma
         draws = int(expected + 5 * math.sqrt(expected)) + 16
-        uniform = torch.rand(draws, dtype=torch.float64, generator=generator)
-        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-gamma)).floor_().add_(1)
+        uniform = torch.rand(draws, dtype=torch.float64, generator=generator)  # below 1: no gap is 0
+        gaps = uniform.log_().mul_(1 / math.log1p(-gamma)).ceil_()
         found.append(gaps.cumsum_(0).add_(last))
         last = found[-1][-1].item()
     seeds = torch.cat(found) if len(found) > 1 else found[0]
@@ -107,6 +107,9 @@ def pieces(corners: Tensor, shape: Sequence[int]) -> Iterator[tuple[int, int, Te
     planes, *plane = shape
     size = math.prod(plane)
     bounds = [*range(0, planes * size, max(1, PIECE // size) * size), planes * size]
+    if len(bounds) == 2:  # a small map is spared the calls below
+        yield *bounds, corners
+        return
     inside = torch.searchsorted(corners, torch.tensor(bounds)).tolist()
     for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(inside), strict=True):
         yield begin, end, corners[first:last] - begin

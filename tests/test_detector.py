@@ -40,6 +40,8 @@ def test_it_is_the_stock_model():
         k: v.shape for k, v in stock.state_dict().items()
     }
     model.load_state_dict(stock.state_dict())
+    assert (model.transform.min_size, model.transform.max_size) == ((800,), 1333)
+    model.transform.min_size = stock.transform.min_size = (96,)  # seconds, not half a minute
     images, _ = batch()
     ours, theirs = model.eval()(images), stock.eval()(images)
     for mine, other in zip(ours, theirs, strict=True):

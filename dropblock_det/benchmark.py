@@ -22,6 +22,7 @@ from dropblock_det.ops import dropblock, reference
 # The outputs of a ResNet-50's four stages for images of 800 x 1088: channels, H, W.
 STAGES = {1: (256, 200, 272), 2: (512, 100, 136), 3: (1024, 50, 68), 4: (2048, 25, 34)}
 BASELINE = "F.dropout"
+WARM_UP = 2  # rounds before those that count
 
 
 @dataclass(frozen=True)
@@ -139,20 +140,23 @@ def peak_memory(work: Callable[[], Any], device: str) -> float:
 
 
 def measure(
-    works: Mapping[str, Callable[[], Any]], baseline: str, rounds: int, device: str
+    works: Mapping[str, Callable[[], Any]], baseline: str, rounds: int, device: str, tick: Callable[[], None]
 ) -> Iterator[tuple[str, list[float], list[float]]]:
     """Times all ``works`` in every round, one after the other, each round starting at another one.
+
+    Calls ``tick`` after every round.
 
     Yields:
         Name, its milliseconds, and its ratios to the baseline of the same round.
     """
     names = list(works)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, rounds):  # two to warm up
+    for turn in range(-WARM_UP, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             elapsed = milliseconds(works[name], device)
             if turn >= 0:
                 times[name].append(elapsed)
+        tick()
     for name in names:
         yield name, times[name], [a / b for a, b in zip(times[name], times[baseline], strict=True)]
 
@@ -165,6 +169,7 @@ def rows(
     baseline: str,
     rounds: int,
     device: str,
+    tick: Callable[[], None],
 ) -> list[Row]:
     """Measures ``works`` and the memory of each."""
     memory = {name: peak_memory(work, device) for name, work in works.items()} if what == "op" else {}
@@ -172,7 +177,7 @@ def rows(
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {found[name]}" for name in packages if name in found)
     made: list[Row] = []
-    for name, times, ratios in measure(works, baseline, rounds, device):
+    for name, times, ratios in measure(works, baseline, rounds, device, tick):
         low, high = quantiles(times)
         ratio_low, ratio_high = quantiles(ratios)
         made.append(
@@ -204,7 +209,7 @@ def hardware(device: str) -> str:
 
 def benchmark_op(
     shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, block_size: int, p: float, rounds: int,
-    device: str, say: Callable[[str], None],
+    device: str, say: Callable[[str], None], tick: Callable[[], None],
 ) -> list[Row]:  # fmt: skip
     """Forward and backward of every provider on one map."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -232,12 +237,13 @@ def benchmark_op(
         f"{str(dtype).removeprefix('torch.')}"
         f"{' channels_last' if channels_last else ''} k={block_size} p={p:g}"
     )
-    return rows("op", setting, shape, works, BASELINE, rounds, device)
+    return rows("op", setting, shape, works, BASELINE, rounds, device, tick)
 
 
 def benchmark_train_step(
-    size: tuple[int, int], batch: int, block_size: int, p: float, rounds: int, device: str
-) -> list[Row]:
+    size: tuple[int, int], batch: int, block_size: int, p: float, rounds: int, device: str,
+    tick: Callable[[], None],
+) -> list[Row]:  # fmt: skip
     """Training steps of torchvision's RetinaNet R50-FPN with each regularizer at the ``paper`` placement."""
     from torchvision.models.detection import retinanet_resnet50_fpn
     from torchvision.ops import DropBlock2d
@@ -273,4 +279,4 @@ def benchmark_train_step(
         "torchvision": training_step(lambda: DropBlock2d(p, block_size)),
     }
     setting = f"RetinaNet R50-FPN {'bfloat16' if device == 'cuda' else 'float32'} k={block_size} p={p:g}"
-    return rows("train-step", setting, (batch, 3, height, width), works, "none", rounds, device)
+    return rows("train-step", setting, (batch, 3, height, width), works, "none", rounds, device, tick)

@@ -1,9 +1,10 @@
 """The benchmark's rows as a CSV file that grows, as tables, and as a picture."""
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 from textwrap import wrap
@@ -14,26 +15,44 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from dropblock_det.benchmark import Row
+from dropblock_det.errors import InputError
+from dropblock_det.pictures import save
+from dropblock_det.records import write_text
 
 # A row of the CSV; and the newest of each provider in each shape: [provider][shape].
 Record = dict[str, str]
 Newest = dict[str, dict[str, Record]]
 
+COLUMN_NAMES = ",".join(field.name for field in fields(Row))
 COLUMNS = 2  # of the picture
 OURS, OTHERS = "tab:orange", "0.35"
 
 
+def check_csv(path: Path) -> None:
+    """Raises :class:`InputError` where rows can't be appended without harm to what is there."""
+    if path.suffix != ".csv":
+        raise InputError(f"{path}: the rows go to a file named .csv, and a .md and a .png beside it")
+    if path.exists() and read_lines(path)[:1] != [COLUMN_NAMES]:
+        raise InputError(f"{path}: no rows of this benchmark; name another file")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The CSV's lines, or one line on why it can't be read."""
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as CSV: {error}; name another file") from error
+
+
 def append_csv(path: Path, made: list[Row]) -> None:
-    """Appends rows, with a header when the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(made[0])), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in made:
-            numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(numbers)
+    """Appends rows, with a header when the file is new; the file is replaced whole."""
+    check_csv(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMN_NAMES.split(","), lineterminator="\n")
+    for row in made:
+        writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+    before = path.read_text() if path.exists() else f"{COLUMN_NAMES}\n"
+    write_text(path, before + text.getvalue())
 
 
 def newest_rows(path: Path) -> dict[tuple[str, str, str], Newest]:
@@ -110,7 +129,7 @@ def plot(path: Path, picture: Path) -> None:
         axes.set_title("\n".join([f"{what}: {setting}", *wrap(machine, 55)]), fontsize=9, loc="left")
     for axes in panels[len(groups) :]:
         axes.remove()
-    figure.savefig(picture, dpi=100)
+    save(figure, picture)
 
 
 def draw(axes: Axes, group: Newest) -> None:

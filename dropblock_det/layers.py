@@ -58,10 +58,12 @@ class DropBlock2d(nn.Module):
         Returns:
             A tensor like ``x``; in eval mode, or eagerly with ``p == 0``, ``x`` itself.
         """
-        if not self.training or (not torch.compiler.is_compiling() and self._p == 0.0):
+        if not self.training:
             return x
         if self._p_tensor.device != x.device:  # a layer without parameters may never have been moved
             self._p_tensor = self._p_tensor.to(x.device)
+        if not recorded(x) and self._p == 0.0:  # in this order: compiled code must not read the number
+            return x
         return drop_block2d(x, self._p_tensor, self.block_size, True, self.per_channel, self.calibration)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DropBlock2d":
@@ -76,6 +78,11 @@ class DropBlock2d(nn.Module):
             f"p={self.p:g}, block_size={self.block_size}, per_channel={self.per_channel},"
             f" calibration={self.calibration!r}"
         )
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether what is done now is done again later, when p may be another: compiled, or a CUDA graph."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 REGULARIZERS: dict[str, Callable[..., nn.Module]] = {

@@ -32,7 +32,7 @@ def _prepare(
     tl.store(kept_ptr, elements)
     p = tl.minimum(tl.maximum(tl.load(p_ptr).to(tl.float64), 0.0), 1.0)
     grid_h, grid_w = height - kh + 1, width - kw + 1
-    gamma = tl.minimum(p / (kh * kw) * (height * width) / (grid_h * grid_w), 1.0)
+    gamma = tl.minimum(p / kh / kw * height * width / grid_h / grid_w, 1.0)  # no int32 product
     if EXACT:
         # Bisection for t = -log(1 - gamma) in mean(exp(-n t)) = 1 - p, where a position that nh rows and nw
         # columns of seeds can drop has n = nh * nw. The sum over nw is a geometric series.
@@ -41,13 +41,13 @@ def _prepare(
         rows = tl.where(nh < most_h, 2, tl.where(nh == most_h, height - 2 * (most_h - 1), 0)).to(tl.float64)
         kept_share = tl.maximum(1.0 - p, 1e-12)
         high = -tl.log(kept_share)
-        low = high / (most_h * most_w)
+        low = high / most_h / most_w
         for _ in range(50):
             t = (low + high) / 2
             r = tl.exp(-nh * tl.maximum(t, 1e-30))
             last = tl.exp(-nh * t * (most_w - 1))
             series = tl.where(r < 1.0, r * (1.0 - last) / (1.0 - r), most_w - 1.0)
-            mean = tl.sum(rows * (2 * series + (width - 2 * (most_w - 1)) * last * r)) / (height * width)
+            mean = tl.sum(rows * (2 * series + (width - 2 * (most_w - 1)) * last * r)) / height / width
             low = tl.where(mean > kept_share, t, low)
             high = tl.where(mean > kept_share, high, t)
         gamma = tl.where(p < 1.0, 1.0 - tl.exp(-(low + high) / 2), 1.0)
@@ -150,25 +150,25 @@ def _spread(
 
 @triton.jit
 def _scale(
-    x_ptr, y_ptr, bits_ptr, kept_ptr, elements, masked, channels, pixels,
-    SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, y_ptr, bits_ptr, kept_ptr, elements, masked, sharing, pixels,
+    INDEX: tl.constexpr, SHARED: tl.constexpr, CHANNELS_LAST: tl.constexpr, WORDS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """``y = x * mask * scale`` in the order of memory, so the same for every memory format."""
     scale = (masked / tl.maximum(tl.load(kept_ptr), 1).to(tl.float64)).to(WIDE)
-    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)[:, None]
+    word = tl.program_id(0).to(INDEX) * WORDS + tl.arange(0, WORDS)
     place = tl.arange(0, 32)[None, :]
-    element = word * 32 + place
+    element = word[:, None] * 32 + place
     inside = element < elements
     if SHARED:
-        if CHANNELS_LAST:
-            bit = element // channels
-        else:
-            bit = element // (channels * pixels) * pixels + element % pixels
+        bit = element // sharing
+        if not CHANNELS_LAST:
+            bit = bit * pixels + element % pixels
         packed = tl.load(bits_ptr + bit // 32, inside, 0)
         dropped = (packed >> (bit % 32).to(tl.int32)) & 1
     else:
         packed = tl.load(bits_ptr + word, word * 32 < elements, 0)
-        dropped = (packed >> place) & 1
+        dropped = (packed[:, None] >> place) & 1
     x = tl.load(x_ptr + element, inside, 0.0)
     y = x.to(WIDE) * tl.where(dropped != 0, 0.0, scale).to(WIDE)
     tl.store(y_ptr + element, y.to(x.dtype), inside)
@@ -259,12 +259,14 @@ def apply_bits(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channel
     x = x.contiguous(memory_format=memory_format(channels_last))
     y = torch.empty_like(x)
     _, channels, height, width = x.shape
-    elements = x.numel()
+    elements, pixels = x.numel(), height * width
     masked = elements if per_channel else elements // channels
+    sharing = channels if channels_last else channels * pixels  # here: a kernel's product would be int32
     words = WORDS // 4
     with torch.cuda.device_of(x):
         _scale[(triton.cdiv(elements, 32 * words),)](
-            x, y, bits, kept, elements, masked, channels, height * width,
+            x, y, bits, kept, elements, masked, sharing, pixels,
+            INDEX=tl.int64 if elements >= 2**31 - 32 * words else tl.int32,
             SHARED=not per_channel, CHANNELS_LAST=channels_last, WORDS=words,
             WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32,
         )  # fmt: skip

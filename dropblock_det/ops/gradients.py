@@ -74,7 +74,9 @@ def differentiable(
         return Drop.apply(x, *inputs)[0]
 
     def again(grad: Tensor, *inputs: Any) -> Tensor:
-        # Compiled graphs have no second derivative; Dynamo of torch 2.11 traces no function in a backward.
-        return (apply if torch.compiler.is_compiling() else Again.apply)(grad, *inputs)
+        # Compiled graphs have no second derivative (Dynamo of torch 2.11 traces no function in a backward).
+        # Neither has an ordinary backward, where a function costs more than the kernel it launches.
+        once = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return (apply if once else Again.apply)(grad, *inputs)
 
     return first

@@ -23,6 +23,9 @@ from dropblock_det.ops import dropblock, reference
 STAGES = {1: (256, 200, 272), 2: (512, 100, 136), 3: (1024, 50, 68), 4: (2048, 25, 34)}
 BASELINE = "F.dropout"
 WARM_UP = 2  # rounds before those that count
+HEAD_START = (
+    4_000_000  # cycles of a GPU, about 2 ms: more than the host takes to launch any provider's kernels
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Row:
     measured: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()))
 
 
-def ours(path: str, x: Tensor, p: float, block_size: int, per_channel: bool = True) -> Tensor:
+def ours(path: str, x: Tensor, p: float | Tensor, block_size: int, per_channel: bool = True) -> Tensor:
     """:func:`drop_block2d` forced onto one path."""
     forced, dropblock.FORCED_PATH = dropblock.FORCED_PATH, path
     try:
@@ -69,10 +72,11 @@ def mmdetection(x: Tensor, p: float, block_size: int) -> Tensor:
 def providers(p: float, block_size: int, device: str) -> dict[str, Callable[[Tensor], Tensor] | str]:
     """Name to function of a map, or to the reason why it is left out."""
     path = "cuda" if device == "cuda" else "cpu"
+    p_tensor = torch.tensor(p, dtype=torch.float32, device=device)  # as the layer keeps it
     made: dict[str, Callable[[Tensor], Tensor] | str] = {
         BASELINE: lambda x: functional.dropout(x, p),
-        f"ours, {path}": lambda x: ours(path, x, p, block_size),
-        f"ours, {path}, shared mask": lambda x: ours(path, x, p, block_size, per_channel=False),
+        f"ours, {path}": lambda x: ours(path, x, p_tensor, block_size),
+        f"ours, {path}, shared mask": lambda x: ours(path, x, p_tensor, block_size, per_channel=False),
         "ours, reference": lambda x: ours("reference", x, p, block_size),
         "floor: a scaled copy": lambda x: x * 1.1,
         "F.dropout2d": lambda x: functional.dropout2d(x, p),
@@ -106,9 +110,14 @@ def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tens
 
 
 def milliseconds(work: Callable[[], Any], device: str) -> float:
-    """Wall time of one call; on a GPU between two events, so without the host's lead."""
+    """Wall time of one call; on a GPU the time between two events on its stream.
+
+    The GPU sleeps first, so that the host runs ahead, as it does in a training step. Of an idle GPU the
+    events would tell how long Python takes to launch small kernels.
+    """
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HEAD_START)
         start.record()
         work()
         end.record()

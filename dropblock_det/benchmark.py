@@ -23,9 +23,7 @@ from dropblock_det.ops import dropblock, reference
 STAGES = {1: (256, 200, 272), 2: (512, 100, 136), 3: (1024, 50, 68), 4: (2048, 25, 34)}
 BASELINE = "F.dropout"
 WARM_UP = 2  # rounds before those that count
-HEAD_START = (
-    4_000_000  # cycles of a GPU, about 2 ms: more than the host takes to launch any provider's kernels
-)
+HEAD_START = 4_000_000  # cycles of a GPU, about 2 ms, in which the host launches what is timed
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dropblock_det.inject import RegularizerHandle, handle_of, regularize_
+    from dropblock_det.inject.inject import RegularizerHandle, handle_of, regularize_
+    from dropblock_det.inject.preview import list_sites
     from dropblock_det.layers import DropBlock2d
     from dropblock_det.ops.dropblock import drop_block2d
-    from dropblock_det.sites import list_sites
 
 __all__ = ["DropBlock2d", "RegularizerHandle", "drop_block2d", "handle_of", "list_sites", "regularize_"]
 
-_HOMES = {"DropBlock2d": "layers", "drop_block2d": "ops.dropblock", "list_sites": "sites"}
+_HOMES = {"DropBlock2d": "layers", "drop_block2d": "ops.dropblock", "list_sites": "inject.preview"}
 
 
 def __getattr__(name: str) -> Any:
     # Fetching a COCO subset needs no torch, whose import takes half a gigabyte of memory.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'inject')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'inject.inject')}"), name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dropblock_det.datasets.sampling import draw_seed
 from dropblock_det.errors import InputError
-from dropblock_det.inject import RegularizerHandle, regularize_
+from dropblock_det.inject.inject import RegularizerHandle, regularize_
 from dropblock_det.layers import make_regularizer
 from dropblock_det.schedule import P_SCHEDULES, scheduled_p
 

@@ -23,9 +23,9 @@ from torchvision.models import get_model_builder, list_models
 from torchvision.models._api import register_model
 
 from dropblock_det.errors import InputError, run_tool
-from dropblock_det.inject import regularize_
+from dropblock_det.inject.inject import regularize_
+from dropblock_det.inject.placement import Where
 from dropblock_det.layers import DropBlock2d
-from dropblock_det.placement import Where
 
 SUFFIX = "_dropblock"
 

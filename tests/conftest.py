@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from local_coco import one_image, right, server, site  # noqa: F401 (fixtures)
 from PIL import Image
-from tiny_run import arguments, start
+from support.local_coco import one_image, right, server, site  # noqa: F401 (fixtures)
+from support.tiny_run import arguments, start
 
 from dropblock_det.errors import run_tool
 

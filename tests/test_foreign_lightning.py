@@ -14,7 +14,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from dropblock_det.callbacks import Regularize
-from dropblock_det.inject import Regularized
+from dropblock_det.inject.inject import Regularized
 
 STAGES = ["stage3", "stage4"]
 SITES = 2 * (2 * 2 + 2)  # two stages of two blocks of two units and a skip

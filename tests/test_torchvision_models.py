@@ -9,7 +9,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from dropblock_det import torchvision_models
 from dropblock_det.errors import InputError
-from dropblock_det.inject import handle_of
+from dropblock_det.inject.inject import handle_of
 
 
 def test_get_model_builds_it_with_the_stock_builders_arguments():

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dropblock_det import benchmark, benchmark_report
+from dropblock_det.benchmark import measure as benchmark
+from dropblock_det.benchmark import report as benchmark_report
 from dropblock_det.errors import InputError, disk_errors, run_tool
+from dropblock_det.files import write_text
 from dropblock_det.ops.dropblock import check_arguments
-from dropblock_det.records import write_text
 
 DTYPES = ("float32", "float16", "bfloat16")
 STYLES = ((7, 0.1), (3, 0.3))  # block size, p

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from dropblock_det.comparison import Run, Runner, epochs_done, make_plan, record_plan
+from dropblock_det.comparison.runner import Run, Runner, epochs_done, make_plan, record_plan
 from dropblock_det.errors import InputError, disk_errors, run_tool
-from dropblock_det.records import Record, read_comparison, run_folder
-from dropblock_det.report_page import write_report
-from dropblock_det.report_statistics import FIGURES
-from dropblock_det.report_words import cell
+from dropblock_det.report.page import write_report
+from dropblock_det.report.statistics import FIGURES
+from dropblock_det.report.words import cell
+from dropblock_det.runs.record import Record, read_comparison, run_folder
 
 ROOT = Path(__file__).parents[1]
 TRAINING = [sys.executable, str(ROOT / "tools/train.py")]

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from dropblock_det.cli import evaluate
 from dropblock_det.errors import run_tool
+from dropblock_det.training.cli import evaluate
 
 
 def main() -> None:

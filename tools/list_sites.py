@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dropblock_det.errors import run_tool
+from dropblock_det.inject.preview import list_sites
 from dropblock_det.layers import DropBlock2d
-from dropblock_det.sites import list_sites
 from dropblock_det.torchvision_models import build_without_weights
 
 

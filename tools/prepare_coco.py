@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dropblock_det.datasets.download import Network
-from dropblock_det.datasets.manifest import Manifest, read_manifest
-from dropblock_det.datasets.prepare import MANIFEST, annotations_file, prepare, verify
-from dropblock_det.datasets.subset import Options
-from dropblock_det.datasets.summary import SIZES, Summary, plot, summarize
+from dropblock_det.coco_subset.choose import Options
+from dropblock_det.coco_subset.download import Network
+from dropblock_det.coco_subset.manifest import Manifest, read_manifest
+from dropblock_det.coco_subset.prepare import MANIFEST, annotations_file, prepare, verify
+from dropblock_det.coco_subset.summary import SIZES, Summary, plot, summarize
 from dropblock_det.errors import InputError, disk_errors, run_tool
 
 

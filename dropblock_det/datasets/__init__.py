@@ -1,0 +1,4 @@
+"""Image files and annotations to batches: checked, augmented, shared out over processes.
+
+Knows no model and no loss.
+"""

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -13,30 +12,13 @@ from typing import Any
 from pycocotools.coco import COCO
 
 from dropblock_det.errors import InputError
+from dropblock_det.files import read_json
 
 MAX_BOXES_PER_IMAGE = (
     10_000  # a detector compares every box with each of ~200,000 anchors: 8 GB at this number
 )
 MAX_SIDE = 100_000  # pixels
 MAX_ID = 2**53  # exact in every JSON reader
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file whose writer isn't trusted.
-
-    Raises:
-        InputError: The file is missing, unreadable, truncated, not UTF-8, too deeply nested or not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}); give a JSON file") from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a COCO file") from None
-    except ValueError as error:  # bad JSON, bad UTF-8, integers of thousands of digits
-        raise InputError(f"{path}: not valid JSON ({error}); is the file complete?") from None
 
 
 def load_annotations(path: Path) -> COCO:

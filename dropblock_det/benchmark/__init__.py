@@ -1,0 +1,1 @@
+"""Measuring the operator and a training step beside other implementations, and showing the rows."""

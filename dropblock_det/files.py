@@ -1,0 +1,184 @@
+"""Files, one way each: reading what may come from anyone, writing whole files, taking a lock."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import yaml
+
+from dropblock_det.errors import InputError
+
+MAX_BYTES = 4 * 2**30  # COCO's own training annotations have 0.5 GB
+MAX_YAML_BYTES = 2**20
+MAX_YAML_VALUES = 100_000  # a few lines of YAML whose aliases hold aliases stand for billions
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Reads a regular file of at most ``limit`` bytes.
+
+    Raises:
+        InputError: There is no such file, it can't be read, is larger, or is a folder, a pipe or a device.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path}: not a regular file; give one")
+            if status.st_size > limit:
+                raise InputError(f"{path}: has {status.st_size} bytes, more than the {limit} that are read")
+            return file.read(limit)
+    except FileNotFoundError:
+        raise InputError(f"{path}: cannot be read: there is no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL byte in the name
+        raise InputError(f"{str(path)!r}: not a file's name ({error})") from None
+
+
+def read_json(path: Path, kind: Any = Any, limit: int = MAX_BYTES) -> Any:
+    """Reads strict JSON from a file whose writer isn't trusted.
+
+    Args:
+        path: The file.
+        kind: What it must hold: any type that msgspec decodes into, such as a dataclass. Its fields are
+            checked; names that it doesn't have are ignored.
+        limit: The most bytes that it may have.
+
+    Raises:
+        InputError: It can't be read, is not JSON, or holds something else.
+    """
+    content = read_bytes(path, limit)
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: not what it should be: {error}; replace the file") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; replace the file") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); is the file complete?") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads settings, names with values, from a YAML file whose writer isn't trusted.
+
+    Raises:
+        InputError: It can't be read, is not YAML, or holds something else or too much.
+    """
+    content = read_bytes(path, MAX_YAML_BYTES)
+    try:
+        settings = yaml.safe_load(content)
+        if not isinstance(settings, dict):
+            raise InputError(f"{path}: not a config: its top level must be names with values")
+        left = MAX_YAML_VALUES
+        values = [settings]
+        while values:
+            value = values.pop()
+            left -= 1
+            if left < 0:
+                raise InputError(f"{path}: holds more than {MAX_YAML_VALUES} values, or an alias of itself")
+            values.extend(
+                value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            )
+        return settings
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; replace the file") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a list as a name
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Replaces a file whole: what is written goes beside it, to the disk, and then takes its name.
+
+    A reader, or a restart after a power cut, sees the old file or the new one, and a failure leaves nothing.
+
+    Args:
+        path: A new name or that of a regular file; its folder is made.
+
+    Raises:
+        InputError: The name is that of a folder, a device or a link.
+        OSError: The disk refuses.
+    """
+    if (path.exists() or path.is_symlink()) and (path.is_symlink() or not path.is_file()):
+        raise InputError(f"{path}: not a regular file, so it is not replaced; give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{_escaped(path.name)}.*.part"):
+        _remove_if_abandoned(leftover)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with open(handle, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # for as long as its writer lives
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide it from the rest of a group
+            os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _remove_if_abandoned(temporary: Path) -> None:
+    """Removes what a killed process left half written."""
+    with contextlib.suppress(OSError), temporary.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file whole, see :func:`whole_file`."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """:func:`write_text` of strict JSON: NaN and infinity are refused, for no other reader takes them."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
+    """Takes a lock that ends with the process, and with those that inherit the open file.
+
+    On file systems without locks across machines it keeps out the processes of its own machine only.
+
+    Args:
+        path: The lock's file; its folder is made.
+        wait: Wait for the lock, however long.
+
+    Returns:
+        The open file, to be closed when done; None where another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def lock_holder(path: Path) -> str:
+    """Returns who took the lock last, for a message."""
+    return path.read_text(encoding="utf-8", errors="replace")[:200] or "another process"

@@ -1,0 +1,110 @@
+"""``list_sites``: see where regularizers would go, and what they would drop, before anything is changed."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropblock_det.inject.inject import check_layout, regularize_
+from dropblock_det.inject.placement import Where, find_sites, walk
+from dropblock_det.layers import DropBlock2d
+from dropblock_det.ops.reference import expected_drop_share, seed_probability
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that :func:`~dropblock_det.inject.inject.regularize_` would regularize."""
+
+    name: str
+    kind: str
+    """Class of the module; ``identity skip`` where the block has none."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the module's output in one run on the example; a head's layers run once per level."""
+    shares: tuple[float | None, ...] = ()
+    """For each shape the expected share dropped, ``None`` where the regularizer does not tell."""
+
+
+def list_sites(
+    model: nn.Module,
+    at: Where | Iterable[Where] = "paper",
+    example: Any = None,
+    make: Callable[[], nn.Module] = DropBlock2d,
+) -> list[Site]:
+    """Lists the sites that ``at`` selects; the model is left as it was.
+
+    Args:
+        model: As for :func:`~dropblock_det.inject.inject.regularize_`.
+        at: As for :func:`~dropblock_det.inject.inject.regularize_`.
+        example: What one would call the model with (a tuple: its arguments). If given, the model runs on it
+            once, in eval mode and without gradients, and shapes and shares are listed too. A site that did
+            not run has none.
+        make: What would be put there; its share is computed, not drawn.
+
+    Raises:
+        InputError: As for :func:`~dropblock_det.inject.inject.regularize_`.
+    """
+    names = find_sites(model, at)
+    regularizer, modules = make(), dict(walk(model))
+    for name in names:
+        check_layout(name, modules, regularizer)
+    if example is None:
+        shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+    else:
+        shapes = _shapes(model, names, example)
+    return [
+        Site(
+            name, _kind(model, name), tuple(shapes[name]), tuple(_share(regularizer, s) for s in shapes[name])
+        )
+        for name in names
+    ]
+
+
+class _Recorder(nn.Module):
+    """Takes a regularizer's place and notes what comes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(tuple(x.shape))
+        return x
+
+
+def _shapes(model: nn.Module, names: tuple[str, ...], example: Any) -> dict[str, list[tuple[int, ...]]]:
+    training = {module: module.training for module in model.modules()}
+    recorders: list[_Recorder] = []
+
+    def make() -> _Recorder:
+        recorders.append(_Recorder())
+        return recorders[-1]
+
+    try:
+        with regularize_(model, make, names), torch.no_grad():
+            model.eval()
+            for recorder in recorders:  # regularizers run in training mode only
+                recorder.train()
+            model(*example) if isinstance(example, tuple) else model(example)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return {name: recorder.shapes for name, recorder in zip(names, recorders, strict=True)}
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    parent, _, child = name.rpartition(".")
+    module = getattr(model.get_submodule(parent), child)
+    return "identity skip" if module is None else type(module).__name__
+
+
+def _share(regularizer: nn.Module, shape: tuple[int, ...]) -> float | None:
+    if isinstance(regularizer, DropBlock2d):
+        if len(shape) != 4:
+            return None
+        k, (height, width) = regularizer.block_size, shape[2:]
+        gamma = seed_probability(regularizer.p, k, height, width, regularizer.calibration)
+        return expected_drop_share(gamma, k, height, width)
+    p = getattr(regularizer, "p", None)
+    return None if p is None else float(p)

@@ -1,0 +1,296 @@
+"""Broken and hostile annotations and results: each gives one line that names the file, or is read rightly."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dropblock_det.datasets.annotations import MAX_BOXES_PER_IMAGE, coco_index, load_annotations
+from dropblock_det.datasets.coco import CocoDataset
+from dropblock_det.errors import InputError
+from dropblock_det.tasks.detection.coco_eval import coco_figures, load_results
+
+# --- The bytes of the annotations ---
+
+RAW = {
+    "empty": (b"", "not valid JSON"),
+    "truncated": (b'{"images": [{"id": 1, "file_na', "not valid JSON"),
+    "not JSON": (b"\xff\xd8\xff\xe0JFIF", "not valid JSON"),
+    "Latin-1": ('{"images": "é"}'.encode("latin-1"), "not valid JSON"),
+    "deep nesting": (b"[" * 200_000, "nested too deeply"),
+    "deep nesting in an image": (b'{"images": [{"id": ' + b'{"a":' * 200_000, "nested too deeply"),
+    "an integer of 10,000 digits": (b'{"images": [' + b"9" * 10_000 + b"]}", "not valid JSON"),
+    "null": (b"null", "not an object"),
+    "a results file": (b"[]", "not an object"),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_annotation_bytes(name, content, write, line_of):
+    annotations, images = write(content)
+    raw, reason = RAW[name]
+    annotations.write_bytes(raw)
+    line = line_of(lambda: CocoDataset(annotations, images))
+    assert str(annotations) in line
+    assert reason in line
+
+
+def test_missing_files_and_folders(content, write, line_of, tmp_path):
+    annotations, images = write(content)
+    for files, named, reason in (
+        ((tmp_path / "none.json", images), tmp_path / "none.json", "no such file"),
+        ((annotations, tmp_path / "none"), tmp_path / "none", "no such image folder"),
+        ((annotations, annotations), annotations, "no such image folder"),
+        ((images, images), images, "can't be read"),
+    ):
+        line = line_of(lambda files=files: CocoDataset(*files))
+        assert str(named) in line
+        assert reason in line
+
+
+def test_a_byte_order_mark_is_read(content, write):
+    annotations, images = write(content)
+    annotations.write_bytes(b"\xef\xbb\xbf" + annotations.read_bytes())
+    assert len(CocoDataset(annotations, images)) == 3
+
+
+# --- The records of the annotations: a path into the content, the value put there, and what the line says ---
+
+DELETE = object()
+BOX = ("annotations", 0, "bbox")
+RECORDS = {
+    "no images": (("images",), DELETE, 'no list "images"'),
+    "images is an object": (("images",), {}, 'no list "images"'),
+    "images is empty": (("images",), [], '"images" is empty'),
+    "no annotations": (("annotations",), DELETE, 'no list "annotations"'),
+    "no categories": (("categories",), DELETE, 'no list "categories"'),
+    "categories is empty": (("categories",), [], '"categories" is empty'),
+    "an image is a string": (("images", 1), "a.png", "images[1] is 'a.png'"),
+    "an annotation is null": (("annotations", 1), None, "annotations[1] is None"),
+    "an image id is a string": (("images", 0, "id"), "7", "whole number"),
+    "an image id is true": (("images", 0, "id"), True, "whole number"),
+    "an image id is 1.0": (("images", 0, "id"), 1.0, "whole number"),
+    "an image id is negative": (("images", 0, "id"), -7, "whole number"),
+    "an image id is 10^400": (("images", 0, "id"), 10**400, "whole number"),
+    "an image has no id": (("images", 0, "id"), DELETE, "whole number"),
+    "two images have one id": (("images", 0, "id"), 3, "ids must differ"),
+    "two categories have one id": (("categories", 0, "id"), 2, "ids must differ"),
+    "two annotations have one id": (("annotations", 1, "id"), 5, "ids must differ"),
+    "width 0": (("images", 0, "width"), 0, '"width" 0'),
+    "height -5": (("images", 0, "height"), -5, '"height" -5'),
+    "width 10^30": (("images", 0, "width"), 10**30, '"width"'),
+    "width is a string": (("images", 0, "width"), "40", '"width"'),
+    "no height": (("images", 0, "height"), DELETE, '"height"'),
+    "no file_name": (("images", 0, "file_name"), DELETE, '"file_name"'),
+    "file_name is a number": (("images", 0, "file_name"), 7, '"file_name"'),
+    "no bbox": (("annotations", 0, "bbox"), DELETE, "[x, y, width, height]"),
+    "a box is a string": (BOX, "1 2 3 4", "[x, y, width, height]"),
+    "a box of three": (BOX, [1, 2, 3], "[x, y, width, height]"),
+    "a box of 100,000": (BOX, [1] * 100_000, "[x, y, width, height]"),
+    "a box with NaN": (BOX, [1, 2, float("nan"), 4], "finite"),
+    "a box with infinity": (BOX, [1, 2, float("inf"), 4], "finite"),
+    "a box with 10^400": (BOX, [1, 2, 10**400, 4], "finite"),
+    "a box with a string": (BOX, [1, 2, "3", 4], "finite"),
+    "a box with true": (BOX, [1, 2, True, 4], "finite"),
+    "a box of negative width": (BOX, [10, 2, -3, 4], "negative"),
+    "a box of negative height": (BOX, [10, 2, 3, -4], "negative"),
+    "an annotation of an unknown image": (("annotations", 0, "image_id"), 77, 'not in "images"'),
+    "an annotation whose image is a list": (("annotations", 0, "image_id"), [7], 'not in "images"'),
+    "an annotation of an unknown category": (("annotations", 0, "category_id"), 1, 'not in "categories"'),
+    "an annotation without category": (("annotations", 0, "category_id"), DELETE, 'not in "categories"'),
+    "iscrowd 2": (("annotations", 0, "iscrowd"), 2, '"iscrowd" 2'),
+    "iscrowd is a list": (("annotations", 0, "iscrowd"), [], '"iscrowd" []'),
+    "area NaN": (("annotations", 0, "area"), float("nan"), '"area" nan'),
+    "area is negative": (("annotations", 0, "area"), -1, '"area" -1'),
+    "area is a string": (("annotations", 0, "area"), "61", '"area" '),
+    "a category without name": (("categories", 0, "name"), DELETE, '"name" None'),
+    "a category name with an escape sequence": (("categories", 0, "name"), "\x1b[2Jdog", '"name"'),
+    "a category name of two lines": (("categories", 0, "name"), "dog\nerror: none", '"name"'),
+}
+NAMES = {
+    "up": "../b.png",
+    "up and down": "images/../../b.png",
+    "absolute": "/etc/passwd",
+    "a drive": "C:\\b.png",
+    "back slashes": "..\\b.png",
+    "a share": "\\\\host\\b.png",
+    "the folder itself": ".",
+    "empty": "",
+    "NUL": "b.png\0.txt",
+    "two lines": "b.png\nerror: none",
+    "5,000 letters": "x" * 5000,
+    "a lone surrogate": "\ud800.png",
+}
+
+
+def put(content, path, value):
+    *parents, last = path
+    for step in parents:
+        content = content[step]
+    if value is DELETE:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_annotation_records(name, content, write, line_of):
+    annotations, images = write(content)
+    path, value, reason = RECORDS[name]
+    put(content, path, value)
+    annotations.write_text(json.dumps(content))
+    line = line_of(lambda: CocoDataset(annotations, images))
+    assert str(annotations) in line
+    assert reason in line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_names_that_leave_the_folder(name, content, write, line_of):
+    annotations, images = write(content)
+    content["images"][0]["file_name"] = NAMES[name]
+    annotations.write_text(json.dumps(content))
+    line = line_of(lambda: CocoDataset(annotations, images))
+    assert str(annotations) in line
+    assert "images[0]" in line
+    assert "file_name" in line
+
+
+def test_a_million_boxes_on_one_image(content, write, line_of):
+    annotations, images = write(content | {"annotations": []})
+    empty = annotations.read_text()
+
+    def write_boxes(number):
+        box = '{"id": %d, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}'
+        boxes = ", ".join(box % n for n in range(number))
+        annotations.write_text(empty.replace('"annotations": []', f'"annotations": [{boxes}]'))
+
+    write_boxes(1_000_000)
+    assert "image 7 has 1000000 boxes" in line_of(lambda: CocoDataset(annotations, images))
+    write_boxes(MAX_BOXES_PER_IMAGE)
+    assert len(CocoDataset(annotations, images)[1][1]["boxes"]) == MAX_BOXES_PER_IMAGE
+
+
+def test_what_is_odd_but_right_is_read(content, write):
+    for annotation in content["annotations"]:  # as many tools write them
+        del annotation["iscrowd"], annotation["area"]
+    content["annotations"][0]["bbox"] = [-50, -50, 1e8, 1e8]  # cut to the image
+    content["annotations"][1]["bbox"] = [39.95, 0, 0.2, 30]  # 0.05 pixels remain: dropped
+    content["images"][2]["file_name"] = "naïve 图.png"
+    annotations, images = write(content)
+    dataset = CocoDataset(annotations, images)
+    assert dataset[1][1]["boxes"].tolist() == [[0, 0, 40, 30], [0, 0, 40, 30]]
+    assert dataset.dropped_boxes == 2
+    assert dataset.coco.loadAnns([3])[0]["area"] == 1200
+    assert dataset[2][0].shape == (3, 8, 8)
+
+
+# --- Results ---
+
+GOOD = {"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
+RESULTS = {
+    "truncated": (b'[{"image_id": 7', "not valid JSON"),
+    "an instances file": (b'{"images": []}', "not a list"),
+    "deep nesting": (b"[" * 200_000, "nested too deeply"),
+    "a record is a list": ([[7, 2, 0.5]], "record 0 is"),
+    "unknown image": ([GOOD | {"image_id": 70}], '"image_id" 70'),
+    "image id is a string": ([GOOD | {"image_id": "7"}], "\"image_id\" '7'"),
+    "unknown category": ([GOOD, GOOD | {"category_id": 1}], 'record 1 has "category_id" 1'),
+    "category id is a list": ([GOOD | {"category_id": [2]}], '"category_id" [2]'),
+    "no score": ([{k: v for k, v in GOOD.items() if k != "score"}], '"score" None'),
+    "score NaN": ([GOOD | {"score": float("nan")}], '"score" nan'),
+    "score is a string": ([GOOD | {"score": "0.5"}], '"score"'),
+    "score 10^400": ([GOOD | {"score": 10**400}], '"score"'),
+    "no box": ([{k: v for k, v in GOOD.items() if k != "bbox"}], '"bbox" None'),
+    "a box with infinity": ([GOOD | {"bbox": [1, 2, float("inf"), 3]}], "finite"),
+    "a box of negative width": ([GOOD | {"bbox": [9, 2, -3, 3]}], "negative"),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results(name, content, write, tmp_path, line_of):
+    coco = load_annotations(write(content)[0])
+    given, reason = RESULTS[name]
+    path = tmp_path / "results.json"
+    path.write_bytes(given if isinstance(given, bytes) else json.dumps(given).encode())
+    line = line_of(lambda: load_results(path, coco))
+    assert str(path) in line
+    assert reason in line
+
+
+def test_results_that_are_odd_but_right(content, write, tmp_path):
+    coco = load_annotations(write(content)[0])
+    path = tmp_path / "results.json"
+    odd = [
+        GOOD | {"bbox": [-1e6, 5, 1e8, 0], "score": -3, "segmentation": "?", "id": "x"},
+        GOOD | {"score": 1},
+    ]
+    path.write_text(json.dumps(odd))
+    assert coco_figures(coco, load_results(path, coco), [7])["mAP"] == 0
+    path.write_text("[]")
+    assert load_results(path, coco) == []
+
+
+# --- Whatever comes ---
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+places = st.lists(st.integers(0, 20), min_size=1, max_size=4)
+UNTOUCHED = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def replace_somewhere(content, place, value):
+    """Replaces what one comes to by taking, at each level, the place-th key or element."""
+    for step, last in zip(place, [False] * (len(place) - 1) + [True], strict=True):
+        keys = list(content) if isinstance(content, dict) else list(range(len(content)))
+        key = keys[step % len(keys)]
+        if last or not isinstance(content[key], dict | list) or not content[key]:
+            content[key] = value
+            return
+        content = content[key]
+
+
+@UNTOUCHED
+@given(place=places, value=anything)
+def test_any_change_of_the_annotations_is_named_or_read(place, value, content, write):
+    annotations, images = write(content)
+    changed = copy.deepcopy(content)
+    replace_somewhere(changed, place, value)
+    annotations.write_text(json.dumps(changed))
+    fault = None
+    try:
+        dataset = CocoDataset(annotations, images)
+        items = [dataset[index] for index in range(len(dataset))]
+    except InputError as error:
+        fault = str(error)
+    if fault is not None:
+        assert "\n" not in fault
+        assert str(annotations) in fault or str(images) in fault
+        return
+    for image, target in items:
+        boxes, labels = target["boxes"], target["labels"]
+        assert boxes.isfinite().all()
+        assert (boxes >= 0).all()
+        assert (boxes[:, 2:] - boxes[:, :2] > 0.09).all()
+        assert (boxes[:, 2:] <= torch.tensor([image.shape[2], image.shape[1]])).all()
+        assert ((labels >= 1) & (labels <= 2)).all()
+    figures = coco_figures(dataset.coco, [], dataset.ids)
+    assert all(value == 0 or np.isnan(value) for value in figures.values())
+
+
+@UNTOUCHED
+@given(value=anything)
+def test_any_json_is_named_as_results(value, content, tmp_path):
+    coco = coco_index(content)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([GOOD, value]))
+    with pytest.raises(InputError, match="record 1"):
+        load_results(path, coco)

@@ -1,0 +1,163 @@
+"""Losses that are not finite, several processes, and what the module logs."""
+
+import csv
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from support.tiny_run import arguments, train
+from torchvision.models.detection import RetinaNet
+
+from dropblock_det.datasets.coco import CocoDataset, collate
+from dropblock_det.datasets.scenes import ScenesDataModule
+from dropblock_det.errors import InputError
+from dropblock_det.runs.recorder import RunRecord, newest_checkpoint
+from dropblock_det.tasks.detection.models import losses_and_detections
+from dropblock_det.tasks.detection.module import RetinaNetModule
+
+SIZES = [8, 16, 32, 64, 128]
+
+
+@pytest.fixture
+def nan_at_the_third_step(monkeypatch):
+    stock, calls = RetinaNet.compute_loss, []
+
+    def compute_loss(self, targets, head_outputs, anchors):
+        losses = stock(self, targets, head_outputs, anchors)
+        if self.training:
+            calls.append(losses)
+            if len(calls) == 3:
+                losses["bbox_regression"] = losses["bbox_regression"] * math.nan
+        return losses
+
+    monkeypatch.setattr(RetinaNet, "compute_loss", compute_loss)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(nan_at_the_third_step, scenes, tmp_path, monkeypatch):
+    with pytest.raises(
+        InputError, match=r"step 2: .*bbox_regression nan\) on the images \d+, \d+, \d+, \d+; the last"
+    ) as e:
+        train(arguments(scenes, tmp_path / "run"), monkeypatch)
+    assert "\n" not in str(e.value)
+    checkpoint = torch.load(newest_checkpoint(tmp_path / "run"), weights_only=True)
+    assert checkpoint["epoch"] == 0
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert not json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+
+
+def test_a_loss_that_is_not_finite_can_be_skipped(nan_at_the_third_step, scenes, tmp_path, monkeypatch):
+    train(arguments(scenes, tmp_path / "run", "--model.on_nonfinite=skip"), monkeypatch)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finished"]
+    assert all(math.isfinite(epoch["loss"]) for epoch in summary["epochs"])
+    header, *rows = (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("skipped_steps")
+    assert {row.split(",")[column] for row in rows} == {"", "1.0"}
+
+
+def small_module():
+    categories = [{"label": 1, "id": 1, "name": "disk"}]
+    return RetinaNetModule(categories, min_size=64, max_size=64, anchor_sizes=SIZES)
+
+
+def test_an_image_of_one_pixel_by_ten_thousand(content, write, line_of):
+    """Named where its narrow side would vanish, in training and in evaluation; otherwise it is used."""
+    for width, height in ((1, 10_000), (10_000, 1)):
+        content["images"][0] |= {"width": width, "height": height}
+        content["annotations"] = [content["annotations"][0] | {"bbox": [0, 0, width, height]}]
+        batch = collate([CocoDataset(*write(content))[1]])
+        module = small_module().train()
+        line = line_of(lambda module=module, batch=batch: module.training_step(batch, 0))
+        assert f"image 7: {width}x{height} pixels" in line
+        module.eval()
+        assert line == line_of(lambda module=module, batch=batch: module.validation_step(batch, 0))
+    pixel, stays, vanishes = (
+        (
+            [torch.rand(3, 1, size)],
+            [{"boxes": torch.tensor([[0.0, 0, size, 1]]), "labels": torch.tensor([1]), "image_id": 7}],
+        )
+        for size in (1, 64, 65)
+    )
+    module.validation_step(pixel, 0)
+    module.validation_step(stays, 0)
+    assert "image 7: 65x1" in line_of(lambda: module.validation_step(vanishes, 0))
+    with pytest.raises(RuntimeError):  # what torchvision says by itself
+        losses_and_detections(module.detector, *vanishes)
+    module.detector.train()
+    losses = [*module.detector(*pixel).values(), *module.detector(*stays).values()]
+    assert all(loss.isfinite() for loss in losses)
+
+
+def test_an_overflow_in_float16_is_seen_in_the_log(scenes, tmp_path):
+    """A loss scale far too large: each step is left out and the scale halved."""
+    data = ScenesDataModule(str(scenes), train_size=8, val_size=5, batch_size=1, num_workers=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        callbacks=[RunRecord(tmp_path)],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        gradient_clip_val=5.0,
+    )
+    module = RetinaNetModule(data.categories, min_size=64, max_size=64, anchor_sizes=SIZES)
+    trainer.fit(module, data)
+    rows = list(csv.DictReader((tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open()))
+    scales = [float(row["loss_scale"]) for row in rows if row["loss_scale"]]
+    assert scales == [2.0**29, 2.0**28]
+    assert scaler.get_scale() == 2.0**28
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+EVALUATE = """
+import json, os, sys
+from pathlib import Path
+from dropblock_det.training import cli
+checkpoint, results, devices = sys.argv[1:]
+trainer = {"accelerator": "cpu", "devices": int(devices)}
+figures = cli.evaluate(Path(checkpoint), {"batch_size": 2}, Path(results), trainer)
+Path(f"{results}.{os.environ.get('LOCAL_RANK', 0)}").write_text(json.dumps(figures))
+"""
+
+
+def test_the_figures_do_not_depend_on_the_number_of_processes(run, tmp_path):
+    """Five images in batches of 2, 2 and 1, which one, two and three processes share out.
+
+    With one thread each: Lightning gives several processes fewer threads, which changes the order of sums.
+    """
+    (tmp_path / "evaluate.py").write_text(EVALUATE)
+    command = [sys.executable, tmp_path / "evaluate.py", run / "checkpoints" / "best.ckpt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [server.getsockname()[1] for server in (one, other)]  # left to themselves both may find one
+    started = [
+        subprocess.Popen(
+            [*command, tmp_path / f"{devices}.json", str(devices)],
+            env=environment | {"MASTER_PORT": str(ports[devices % 2])},
+        )
+        for devices in (1, 2, 3)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
+    detections = [json.loads((tmp_path / f"{devices}.json").read_text()) for devices in (1, 2, 3)]
+    assert detections[0] == detections[1] == detections[2]
+    assert len(detections[0]) > 100
+    figures = [json.loads(path.read_text()) for path in tmp_path.glob("*.json.*")]
+    assert len(figures) == 1 + 2 + 3
+    assert all(math.isfinite(figures[0][name]) for name in ("val_loss", "mAP", "AP50", "AP75"))
+    assert [repr(each) for each in figures] == [repr(figures[0])] * 6

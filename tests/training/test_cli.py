@@ -1,0 +1,231 @@
+"""Training and evaluation as a user runs them: arguments in, a run's folder out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pycocotools.coco import COCO
+from support.tiny_run import ROOT, arguments, start, train
+from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn
+
+from dropblock_det.errors import InputError
+from dropblock_det.runs.recorder import AtomicCheckpointIO, newest_checkpoint
+from dropblock_det.training import cli
+
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+FIGURES = ("loss", "val_loss", "mAP", "AP50", "AP75")
+
+
+def weights(run):
+    return torch.load(newest_checkpoint(run), weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_its_whole_record(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"]
+    assert [epoch["epoch"] for epoch in summary["epochs"]] == [0, 1]
+    assert all(epoch[name] is not None for epoch in summary["epochs"] for name in FIGURES)
+    assert 0 < summary["drop_share"]["realised"] < summary["drop_share"]["asked"] <= 0.1
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["regularize"]["regularizer"] == "dropblock"
+    assert config["data"]["init_args"]["root"] is not None
+    for name in ("curves.png", "detections.png", "checkpoints/best.ckpt", "val_detections.json"):
+        assert (run / name).stat().st_size > 0
+    metrics = (run / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {
+        "loss",
+        "loss_classification",
+        "loss_bbox_regression",
+        "val_loss",
+        "mAP",
+        "AP50",
+        "AP75",
+        "lr",
+        "p",
+    } <= set(metrics)
+    assert list((run / "logs" / "version_0").glob("events.out.tfevents.*"))
+
+
+def test_it_ends_with_the_table_and_the_next_command(run):
+    output = (run / "stdout.txt").read_text()
+    assert all(name in output for name in FIGURES)
+    assert f"python tools/evaluate.py {run}/checkpoints/best.ckpt" in output
+
+
+@pytest.fixture
+def two_threads():
+    """Where the training had one: sums are in another order then."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_evaluating_the_checkpoint_gives_the_same_figures(run, tmp_path, capsys):
+    best = max(json.loads((run / "summary.json").read_text())["epochs"], key=lambda epoch: epoch["mAP"])
+    figures = cli.evaluate(
+        run / "checkpoints" / "best.ckpt", {}, tmp_path / "results.json", {"accelerator": "cpu"}
+    )
+    for name in ("val_loss", "mAP", "AP50", "AP75"):
+        assert figures[name] == pytest.approx(best[name], abs=1e-6)
+    assert "AR_large" in capsys.readouterr().out
+    scenes = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["root"]
+    COCO(Path(scenes, "annotations", "val.json")).loadRes(str(tmp_path / "results.json"))
+
+
+def test_its_weights_load_into_plain_torchvision(run):
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    state = {key.removeprefix("detector."): value for key, value in checkpoint["state_dict"].items()}
+    names = checkpoint["hyper_parameters"]["categories"]
+    stock = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=len(names) + 1)
+    assert stock.load_state_dict(state, strict=True)
+
+
+def test_a_finished_run_is_left_alone(run, scenes, tmp_path, monkeypatch, capsys):
+    """Also where it was moved to, and without the checkpoints that only a resume needs."""
+    shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("last-*"))
+    before = (run / "summary.json").read_bytes()
+    train(arguments(scenes, tmp_path / "moved"), monkeypatch)
+    assert (tmp_path / "moved" / "summary.json").read_bytes() == before
+    assert "val_loss" in capsys.readouterr().out
+
+
+def test_other_settings_in_the_same_folder_are_refused(run, scenes, monkeypatch):
+    for args in (arguments(scenes, run), ["--resume", str(run)], [f"--resume={run}"]):
+        with pytest.raises(InputError, match=r"model.lr: 0.001 before, 0.1 now"):
+            train([*args, "--model.lr=0.1"], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory, so {} has no run to resume"),
+        (b"model: [1, 2", "{}/config.yaml: not the settings of a run"),
+        (b"\xff\xfe\x00", "{}/config.yaml: not the settings of a run"),
+        (b"- 1", "{}/config.yaml: not the settings of a run"),
+    ],
+)
+def test_a_folder_without_a_run_is_not_resumed(content, message, tmp_path, line_of):
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    assert message.format(tmp_path) in line_of(lambda: cli.train(CONFIG, ["--resume", str(tmp_path)]))
+    assert "--resume: expected one argument" in line_of(lambda: cli.train(CONFIG, ["--resume"]))
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", "{", '{"finished": true}'])
+def test_a_broken_record_is_named(record, run, tmp_path, line_of, monkeypatch):
+    shutil.copy(run / "config.yaml", tmp_path)
+    (tmp_path / "summary.json").write_text(record)
+    assert "summary.json: not " in line_of(lambda: train(["--resume", str(tmp_path)], monkeypatch))
+
+
+def test_shorter_ways_to_say_things(run):
+    short = ["--on-nonfinite=skip", "--model.lr", "0.1"]
+    assert cli.spelled_out(short, CONFIG) == [f"--config={CONFIG}", "--model.on_nonfinite=skip", *short[1:]]
+    assert cli.spelled_out(["--config", "a.yaml", "--on-nonfinite", "skip"], CONFIG) == [
+        *("--config", "a.yaml", "--model.on_nonfinite", "skip")
+    ]
+    assert cli.spelled_out(["--trainer.devices=2", "--resume", str(run)], CONFIG) == [
+        *(f"--config={run}/config.yaml", f"--output={run}", "--trainer.devices=2")
+    ]
+
+
+DIES_WHILE_WRITING = f"""
+import io, os, pathlib, signal, sys, torch
+from dropblock_det.training import cli
+whole = torch.save
+
+def save(checkpoint, file):
+    if checkpoint["epoch"] == 1 and "last" in file.name:
+        content = io.BytesIO()
+        whole(checkpoint, content)
+        file.write(content.getvalue()[: len(content.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(checkpoint, file)
+
+torch.save = save
+cli.train(pathlib.Path({str(CONFIG)!r}), sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
+    """SIGKILL in the middle of writing the second checkpoint; a broken one lies in the way too."""
+    folder = tmp_path / "killed"
+    program = ("-c", DIES_WHILE_WRITING)
+    dying = start(arguments(scenes, folder), program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, messages = dying.communicate(timeout=300)
+    assert dying.returncode == -signal.SIGKILL, messages
+    written = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert written == [".last-00001.ckpt.tmp", "best.ckpt", "last-00000.ckpt"]
+    assert newest_checkpoint(folder).name == "last-00000.ckpt"
+    (folder / "checkpoints" / "last-00009.ckpt").write_bytes(b"half a checkpoint")
+    again = start([f"--resume={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _, messages = again.communicate(timeout=300)
+    assert again.returncode == 0, messages
+    assert "skipped: " in messages
+    assert "last-00009.ckpt: not a whole checkpoint" in messages
+    straight, resumed = (json.loads((path / "summary.json").read_text())["epochs"] for path in (run, folder))
+    for mine, other in zip(resumed, straight, strict=True):
+        assert {name: mine[name] for name in (*FIGURES, "p", "drop_share")} == {
+            name: other[name] for name in (*FIGURES, "p", "drop_share")
+        }
+    expected = weights(run)
+    (folder / "checkpoints" / "last-00009.ckpt").unlink()
+    assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal_it_says_how_to_go_on(sent, status, scenes, tmp_path, monkeypatch, capsys):
+    """compare.py starts the run again where it sees these statuses; 0 would be a run that ended well."""
+    stock, handler = RetinaNet.compute_loss, signal.getsignal(signal.SIGINT)
+
+    def compute_loss(self, *args):
+        if self.training:
+            os.kill(os.getpid(), sent)
+        return stock(self, *args)
+
+    monkeypatch.setattr(RetinaNet, "compute_loss", compute_loss)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            train(arguments(scenes, tmp_path / "run"), monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first on
+    assert caught.value.code == status
+    assert capsys.readouterr().err.endswith(f"stopped; --resume {tmp_path}/run goes on from the last epoch\n")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path, capsys):
+    files = [tmp_path / "checkpoints" / f"last-{epoch:05d}.ckpt" for epoch in range(2)]
+    for file in files:
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.rand(10_000)}}, file)
+    content = bytearray(files[1].read_bytes())
+    if damage == "one bit":
+        content[len(content) // 2] ^= 16  # in the middle of the weights, where torch.load does not notice
+    files[1].write_bytes({"truncated": content[:-100], "one bit": content, "empty": b""}[damage])
+    assert newest_checkpoint(tmp_path) == files[0]
+    assert f"skipped: {files[1]}: not a whole checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("results", "trainer", "message"),
+    [
+        (".", {}, "is a folder; give --results a file name"),
+        ("no/x.json", {}, "its folder does not exist"),
+        ("x.json", {"accelerator": "nonsense"}, "trainer: You selected an invalid accelerator name"),
+        ("x.json", {"accelerator": "cpu", "devices": 0}, "trainer: `Trainer(devices=0)` value is not"),
+    ],
+)
+def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run, tmp_path, line_of):
+    best = run / "checkpoints" / "best.ckpt"
+    assert message in line_of(lambda: cli.evaluate(best, {}, tmp_path / results, trainer))
+    assert list(tmp_path.iterdir()) == []

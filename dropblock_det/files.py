@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import socket
@@ -60,11 +61,27 @@ def read_json(path: Path, kind: Any = Any, limit: int = MAX_BYTES) -> Any:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
-        raise InputError(f"{path}: not what it should be: {error}; replace the file") from None
+        raise _unexpected(path, error) from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply; replace the file") from None
     except (msgspec.DecodeError, ValueError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); is the file complete?") from None
+
+
+def checked(content: Any, kind: Any, path: Path) -> Any:
+    """Checks what was decoded from a file, and gives it its type, as :func:`read_json` does in one go.
+
+    Raises:
+        InputError: It holds something else.
+    """
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise _unexpected(path, error) from None
+
+
+def _unexpected(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: not what it should be: {error}; replace the file")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -151,7 +168,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """:func:`write_text` of strict JSON: NaN and infinity are refused, for no other reader takes them."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    plain = msgspec.to_builtins(data)
+    write_text(path, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """:func:`write_bytes` of a matplotlib figure, as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
 
 
 def take_lock(path: Path, wait: bool = False) -> IO[str] | None:

@@ -21,7 +21,7 @@ from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.report.page import write_report
 from dropblock_det.report.statistics import FIGURES
 from dropblock_det.report.words import cell
-from dropblock_det.runs.record import Record, read_comparison, run_folder
+from dropblock_det.runs.record_v1 import Record, read_comparison, run_folder
 
 ROOT = Path(__file__).parents[1]
 TRAINING = [sys.executable, str(ROOT / "tools/train.py")]

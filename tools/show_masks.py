@@ -19,8 +19,9 @@ from torch.nn.functional import avg_pool2d, conv2d, interpolate, pad
 
 from dropblock_det.datasets.scenes import draw_scene
 from dropblock_det.errors import InputError, disk_errors, run_tool
+from dropblock_det.files import write_figure
 from dropblock_det.layers import make_regularizer
-from dropblock_det.tasks.detection.pictures import ORANGE, save
+from dropblock_det.tasks.detection.pictures import ORANGE
 
 CHANNELS = ("edges │", "edges ╲", "edges ─", "edges ╱", "brightness", "red-green", "blue-yellow", "texture")
 SIDE = 40  # of the feature map's longer axis: what layer3 makes of a 640-pixel image
@@ -130,7 +131,7 @@ def main() -> None:
         raise InputError(f"--seed {options.seed}: give a whole number from 0 to {2**63 - 1}")
     figure = draw(read_image(options.image), options.p, options.block_sizes, options.seed)
     with disk_errors(options.output.parent):
-        save(figure, options.output)
+        write_figure(options.output, figure)
     print(f"wrote {options.output}")
 
 

@@ -16,8 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from dropblock_det.benchmark.measure import Row
 from dropblock_det.errors import InputError
-from dropblock_det.files import write_text
-from dropblock_det.tasks.detection.pictures import save
+from dropblock_det.files import write_figure, write_text
 
 # A row of the CSV; and the newest of each provider in each shape: [provider][shape].
 Record = dict[str, str]
@@ -129,7 +128,7 @@ def plot(path: Path, picture: Path) -> None:
         axes.set_title("\n".join([f"{what}: {setting}", *wrap(machine, 55)]), fontsize=9, loc="left")
     for axes in panels[len(groups) :]:
         axes.remove()
-    save(figure, picture)
+    write_figure(picture, figure)
 
 
 def draw(axes: Axes, group: Newest) -> None:

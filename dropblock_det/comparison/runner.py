@@ -23,7 +23,7 @@ from PIL import Image
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, read_yaml, write_bytes, write_json
-from dropblock_det.runs.record import (
+from dropblock_det.runs.record_v1 import (
     PLAN_NAME,
     RECORD_NAME,
     REFERENCE,

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dropblock_det.report.statistics import FIGURES
 from dropblock_det.report.tables import Report
-from dropblock_det.runs.record import REFERENCE, Comparison
+from dropblock_det.runs.record_v1 import REFERENCE, Comparison
 
 # Okabe and Ito's palette, its yellow darkened; the reference is black.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#B8A700")

@@ -9,13 +9,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dropblock_det.files import write_json, write_text
+from dropblock_det.files import write_figure, write_json, write_text
 from dropblock_det.report.figure import report_figure
 from dropblock_det.report.statistics import FIGURES, Row
 from dropblock_det.report.tables import Report, build_report, to_csv, to_markdown
 from dropblock_det.report.words import cell, interval, verdict
-from dropblock_det.runs.record import REFERENCE, Comparison, read_comparison
-from dropblock_det.tasks.detection import pictures
+from dropblock_det.runs.record_v1 import REFERENCE, Comparison, read_comparison
 
 
 def write_report(root: Path, output: Path) -> Report:
@@ -31,7 +30,7 @@ def write_report(root: Path, output: Path) -> Report:
     report = build_report(runs)
     write_text(output / "report.html", render_page(runs, report))
     write_text(output / "report.md", to_markdown(report) + "\n![curves and differences](report.png)\n")
-    pictures.save(report_figure(runs, report), output / "report.png")
+    write_figure(output / "report.png", report_figure(runs, report))
     write_text(output / "report.csv", to_csv(report))
     records = [record.to_dict() | {"detections": None} for record in runs.records]
     write_json(output / "report.json", report.to_dict() | {"records": records})

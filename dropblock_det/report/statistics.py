@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dropblock_det.runs.record import REFERENCE, Comparison, Record
+from dropblock_det.runs.record_v1 import REFERENCE, Comparison, Record
 
 CONFIDENCE = 0.95
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dropblock_det.report.statistics import FIGURES, Row, table_rows
 from dropblock_det.report.words import answer, cell, interval, notes, verdict
-from dropblock_det.runs.record import REFERENCE, Absent, Comparison
+from dropblock_det.runs.record_v1 import REFERENCE, Absent, Comparison
 
 
 @dataclass(frozen=True)

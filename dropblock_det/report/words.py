@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dropblock_det.report.statistics import CONFIDENCE, FIGURES, Difference, Row, compared_settings
-from dropblock_det.runs.record import REFERENCE, Comparison
+from dropblock_det.runs.record_v1 import REFERENCE, Comparison
 
 LITTLE = 0.01  # mAP
 

@@ -30,8 +30,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dropblock_det.errors import InputError
-from dropblock_det.files import read_json, read_yaml, whole_file, write_json
-from dropblock_det.tasks.detection.pictures import curves_figure, detections_figure, save
+from dropblock_det.files import read_json, read_yaml, whole_file, write_figure, write_json
+from dropblock_det.tasks.detection.pictures import curves_figure, detections_figure
 
 SHOWN_IMAGES = 8
 SHOWN_DETECTIONS = 50
@@ -235,9 +235,9 @@ class RunRecord(Callback):
         """Marks the run finished and draws its pictures."""
         if not trainer.is_global_zero or trainer.interrupted:
             return
-        save(curves_figure(self.epochs), self.folder / "curves.png")
+        write_figure(self.folder / "curves.png", curves_figure(self.epochs))
         samples = read_json(self.folder / "val_detections.json")
-        save(detections_figure(samples), self.folder / "detections.png")
+        write_figure(self.folder / "detections.png", detections_figure(samples))
         self._write(trainer, pl_module, finished=True)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, finished: bool) -> None:

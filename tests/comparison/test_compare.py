@@ -21,7 +21,7 @@ from support.tiny_run import options
 from dropblock_det.comparison.runner import Plan, Run, Runner, make_plan, record_plan
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, write_json
-from dropblock_det.runs.record import read_comparison, read_record, run_folder
+from dropblock_det.runs.record_v1 import read_comparison, read_record, run_folder
 
 ROOT = Path(__file__).parents[2]
 FAKE = [sys.executable, str(ROOT / "tests/support/fake_training.py")]

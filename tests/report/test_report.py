@@ -14,14 +14,13 @@ from html.parser import HTMLParser
 import pytest
 from support.synthetic_runs import SETTINGS, invented_record, invented_runs, write_plan
 
-from dropblock_det.files import write_json
+from dropblock_det.files import write_figure, write_json
 from dropblock_det.report.figure import report_figure
 from dropblock_det.report.page import render_page
 from dropblock_det.report.statistics import FIGURES, paired_difference, t_quantile
 from dropblock_det.report.tables import build_report, to_csv, to_markdown
 from dropblock_det.report.words import interval, verdict
-from dropblock_det.runs.record import Epoch, Record, read_comparison, run_folder
-from dropblock_det.tasks.detection import pictures
+from dropblock_det.runs.record_v1 import Epoch, Record, read_comparison, run_folder
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_the_picture_is_drawn_even_of_nothing(tmp_path):
     assert list(differences.get_lines()[0].get_xdata()) == [low, high]
     write_plan(tmp_path / "empty", ("none", "x"), [0])
     runs = read_comparison(tmp_path / "empty")
-    pictures.save(report_figure(runs, build_report(runs)), tmp_path / "x.png")
+    write_figure(tmp_path / "x.png", report_figure(runs, build_report(runs)))
     assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 

@@ -6,7 +6,14 @@ from support.synthetic_runs import invented_record, invented_runs
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, write_json
-from dropblock_det.runs.record import Epoch, Record, read_comparison, read_record, record_from_run, run_folder
+from dropblock_det.runs.record_v1 import (
+    Epoch,
+    Record,
+    read_comparison,
+    read_record,
+    record_from_run,
+    run_folder,
+)
 
 
 def test_a_record_survives_the_disk_to_the_last_digit(tmp_path):

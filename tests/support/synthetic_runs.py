@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dropblock_det.files import write_json
-from dropblock_det.runs.record import Epoch, Record, run_folder
+from dropblock_det.runs.record_v1 import Epoch, Record, run_folder
 
 SETTINGS = (
     "none",

@@ -1,8 +1,6 @@
 """The pictures of a run: detections on validation images, and the curves of loss and mAP."""
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.ticker
@@ -10,8 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-
-from dropblock_det.files import write_bytes
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -82,10 +78,3 @@ def curves_figure(epochs: Sequence[dict[str, Any]]) -> Figure:
     losses.set_title("loss", loc="left")
     precision.set_title("average precision (validation)", loc="left")
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,34 @@
+"""What a task measures: declared once, by the task; everything after it takes its columns from here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured quantity and how it is shown.
+
+    Attributes:
+        name: its key in an epoch of the record and in the logs.
+        title: heading of its column.
+        better: which direction is better, or ``None``: neither.
+        digits: digits after the point where it is printed.
+        scale: what it is multiplied with before.
+        meaning: half a sentence for somebody who meets it for the first time.
+        compared: whether a report compares the settings in it.
+    """
+
+    name: str
+    title: str
+    better: Literal["lower", "higher"] | None = None
+    digits: int = 4
+    scale: float = 1.0
+    meaning: str = ""
+    compared: bool = True
+
+
+LOSSES = (
+    Metric("loss", "loss", meaning="training loss, with the regularizer on"),
+    Metric("val_loss", "val_loss", "lower", meaning="validation loss, with the regularizer off"),
+)
+"""The metrics that every task has."""

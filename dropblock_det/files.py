@@ -1,5 +1,6 @@
 """Files, one way each: reading what may come from anyone, writing whole files, taking a lock."""
 
+import codecs
 import contextlib
 import fcntl
 import io
@@ -30,19 +31,20 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: not a regular file; give one")
-            if status.st_size > limit:
-                raise InputError(f"{path}: has {status.st_size} bytes, more than the {limit} that are read")
-            return file.read(limit)
+            content = file.read(limit + 1) if stat.S_ISREG(status.st_mode) else None
     except FileNotFoundError:
         raise InputError(f"{path}: cannot be read: there is no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # a NUL byte in the name
         raise InputError(f"{str(path)!r}: not a file's name ({error})") from None
+    if content is None:
+        raise InputError(f"{path}: not a regular file; give one")
+    if len(content) > limit:
+        raise InputError(f"{path}: has {status.st_size} bytes, more than the {limit} that are read")
+    return content
 
 
 def read_json(path: Path, kind: Any = Any, limit: int = MAX_BYTES) -> Any:
@@ -57,7 +59,7 @@ def read_json(path: Path, kind: Any = Any, limit: int = MAX_BYTES) -> Any:
     Raises:
         InputError: It can't be read, is not JSON, or holds something else.
     """
-    content = read_bytes(path, limit)
+    content = read_bytes(path, limit).removeprefix(codecs.BOM_UTF8)
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
@@ -93,23 +95,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     content = read_bytes(path, MAX_YAML_BYTES)
     try:
         settings = yaml.safe_load(content)
-        if not isinstance(settings, dict):
-            raise InputError(f"{path}: not a config: its top level must be names with values")
-        left = MAX_YAML_VALUES
-        values = [settings]
-        while values:
-            value = values.pop()
-            left -= 1
-            if left < 0:
-                raise InputError(f"{path}: holds more than {MAX_YAML_VALUES} values, or an alias of itself")
-            values.extend(
-                value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            )
-        return settings
     except RecursionError:
         raise InputError(f"{path}: nested too deeply; replace the file") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a list as a name
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: not a config: its top level must be names with values")
+    left, values = MAX_YAML_VALUES, [settings]
+    while values:
+        value = values.pop()
+        left -= 1
+        if left < 0:
+            raise InputError(f"{path}: holds more than {MAX_YAML_VALUES} values, or an alias of itself")
+        if isinstance(value, dict | list):
+            values.extend(value.values() if isinstance(value, dict) else value)
+    return settings
 
 
 @contextlib.contextmanager
@@ -132,7 +132,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         _remove_if_abandoned(leftover)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with open(handle, "wb") as file:
+        os.close(handle)
+        with open(temporary, "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # for as long as its writer lives
             yield file
             file.flush()

@@ -385,7 +385,7 @@ def test_summary_counts(tmp_path):
 def test_preparing_needs_neither_torch_nor_numpy():
     # torch alone takes more memory than the whole fetch may.
     code = (
-        "import sys, dropblock_det.coco_subset.prepare, dropblock_det.datasets.summary;"
+        "import sys, dropblock_det.coco_subset.prepare, dropblock_det.coco_subset.summary;"
         "heavy = {'torch', 'torchvision', 'lightning', 'numpy', 'matplotlib'} & sys.modules.keys();"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

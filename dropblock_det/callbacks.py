@@ -26,7 +26,7 @@ class Regularize(Callback):
     Args:
         regularizer: ``none``, ``dropout``, ``spatial_dropout`` or ``dropblock``.
         p: Target drop probability, between 0 and 1.
-        block_size: For ``dropblock``: side of a block on the feature map.
+        block_size: For ``dropblock``: side of a block on the feature map, or its height and width.
         at: Where: a preset such as ``paper``, or dotted names in which ``*`` is one segment.
         schedule: ``linear`` (0 to ``p`` over the training, as in the paper) or ``constant``.
         per_channel: For ``dropblock``: a mask per channel (the paper's finding) or one for all.
@@ -40,7 +40,7 @@ class Regularize(Callback):
         self,
         regularizer: Literal["none", "dropout", "spatial_dropout", "dropblock"] = "none",
         p: float = 0.1,
-        block_size: int = 7,
+        block_size: int | tuple[int, int] = 7,
         at: str | list[str] = "paper",
         schedule: Literal["linear", "constant"] = "linear",
         per_channel: bool = True,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dropblock_det.errors import InputError
 from dropblock_det.ops.dropblock import check_arguments, drop_block2d
+from dropblock_det.ops.reference import BlockSize, block_sides
 
 
 class DropBlock2d(nn.Module):
@@ -17,7 +18,7 @@ class DropBlock2d(nn.Module):
 
     Args:
         p: drop probability in [0, 1].
-        block_size: side of the dropped block, at least 1.
+        block_size: side of the dropped block, at least 1, or its height and width.
         per_channel: one mask per channel, or one for all channels of a sample.
         calibration: ``"paper"`` or ``"exact"``.
 
@@ -26,11 +27,12 @@ class DropBlock2d(nn.Module):
     """
 
     def __init__(
-        self, p: float = 0.1, block_size: int = 7, per_channel: bool = True, calibration: str = "paper"
+        self, p: float = 0.1, block_size: BlockSize = 7, per_channel: bool = True, calibration: str = "paper"
     ) -> None:
         super().__init__()
         check_arguments(p, block_size, calibration)
-        self.block_size = block_size
+        height, width = block_sides(block_size)  # Python's integers, also where NumPy's were given
+        self.block_size = height if height == width else (height, width)
         self.per_channel = per_channel
         self.calibration = calibration
         self._p = float(p)
@@ -95,7 +97,7 @@ REGULARIZERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_regularizer(
-    name: str, p: float, block_size: int = 7, per_channel: bool = True, calibration: str = "paper"
+    name: str, p: float, block_size: BlockSize = 7, per_channel: bool = True, calibration: str = "paper"
 ) -> nn.Module:
     """Builds the regularizer of a name in :data:`REGULARIZERS`.
 

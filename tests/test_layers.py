@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,16 @@ def test_it_has_no_state_and_prints_its_settings():
     assert not list(layer.parameters())
     assert not list(layer.buffers())
     assert str(layer) == "DropBlock2d(p=0.1, block_size=5, per_channel=True, calibration='paper')"
+
+
+def test_a_rectangular_block():
+    layer = DropBlock2d(0.3, [np.int64(1), 6])
+    assert layer.block_size == (1, 6)
+    assert "block_size=(1, 6)," in str(layer)
+    dropped = (layer(torch.ones(2, 4, 12, 12)) == 0).flatten(0, 2)
+    assert dropped.any()
+    for row in dropped.int().tolist():
+        assert all(len(run) >= 6 for run in "".join(map(str, row)).split("0") if run)
 
 
 def test_p_is_set_like_dropouts_and_checked():

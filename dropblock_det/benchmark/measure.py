@@ -60,7 +60,7 @@ def ours(path: str, x: Tensor, p: float | Tensor, block_size: int, per_channel: 
 def mmdetection(x: Tensor, p: float, block_size: int) -> Tensor:
     """The formulation of mmdetection's layer: seeds drawn inside, widened by max-pooling, float mask kept."""
     n, c, h, w = x.shape
-    gamma = reference.seed_probability(p, block_size, h, w)
+    gamma = reference.corner_probability(p, block_size, h, w)
     seeds = (torch.rand(n, c, h - block_size + 1, w - block_size + 1, device=x.device) < gamma).to(x.dtype)
     half = block_size // 2
     mask = 1 - functional.max_pool2d(functional.pad(seeds, [half] * 4), block_size, 1, half)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dropblock_det.inject.inject import check_layout, regularize_
 from dropblock_det.inject.placement import Where, find_sites, walk
 from dropblock_det.layers import DropBlock2d
-from dropblock_det.ops.reference import expected_drop_share, seed_probability
+from dropblock_det.ops.reference import corner_probability, expected_drop_share
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _share(regularizer: nn.Module, shape: tuple[int, ...]) -> float | None:
         if len(shape) != 4:
             return None
         k, (height, width) = regularizer.block_size, shape[2:]
-        gamma = seed_probability(regularizer.p, k, height, width, regularizer.calibration)
+        gamma = corner_probability(regularizer.p, k, height, width, regularizer.calibration)
         return expected_drop_share(gamma, k, height, width)
     p = getattr(regularizer, "p", None)
     return None if p is None else float(p)

@@ -1,14 +1,11 @@
-"""The fast CPU path: one draw per seed, one scaled copy, and zeros written where the blocks are.
+"""The fast CPU path: one draw per corner, one scaled copy, and zeros written where the blocks are.
 
-Where seeds are dense (block size 1) it draws once per position instead, and a mask shared by all channels is
-small: both are made as masks, which clear the bits of what they drop.
+Where corners are dense (block size 1) it draws once per position instead, and a mask shared by all channels
+is small: both are made as masks, which clear the bits of what they drop.
 
 No mask is kept: both operators are pure functions of a seed that is drawn outside, by PyTorch's generator,
 and backward draws the same blocks again. So compiling, recomputing under activation checkpointing and
 reseeding behave as for ``F.dropout``.
-
-A mask is thought of as flat memory of ``(planes, H, W, inner)``: ``(N*C, H, W, 1)`` for a contiguous map and
-``(N, H, W, C)`` for a channels_last one. A block is then the same few offsets from its corner everywhere.
 """
 
 import math
@@ -19,18 +16,19 @@ import torch
 from torch import Tensor
 
 from dropblock_det.ops.gradients import differentiable
-from dropblock_det.ops.reference import block_and_grid, seed_probability
+from dropblock_det.ops.layout import mask_shape, memory_format
+from dropblock_det.ops.reference import BlockSize, block_and_grid, clamped, corner_probability
 
-# Share of seeds above which one draw per position is faster than one logarithm per seed.
+# Share of corners above which one draw per position is faster than one logarithm per corner.
 DENSE = 0.25
 # Elements that are scaled, and then filled, while they are in the caches.
 PIECE = 1 << 20
-# Number of blocks above which writing them row by row saves more time than its additional calls take.
+# Above this many blocks, filling one block row at a time is faster despite the extra calls.
 ROW_BY_ROW = 4096
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
-def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
+def successes(count: int, gamma: float, generator: torch.Generator) -> Tensor:
     """Successes of ``count`` Bernoulli(gamma) trials: their sorted indices, float64.
 
     At about one draw per success: the gap from a success to the next is geometric, which is an exponential
@@ -46,11 +44,11 @@ def draw_seeds(count: int, gamma: float, generator: torch.Generator) -> Tensor:
         gaps = uniform.log_().mul_(1 / math.log1p(-gamma)).ceil_()
         found.append(gaps.cumsum_(0).add_(last))
         last = found[-1][-1].item()
-    seeds = torch.cat(found) if len(found) > 1 else found[0]
-    return seeds[: torch.searchsorted(seeds, count)]
+    indices = torch.cat(found) if len(found) > 1 else found[0]
+    return indices[: torch.searchsorted(indices, count)]
 
 
-def draw_mask(gamma: float, seed: int, shape: Sequence[int], block_size: int, dense: bool) -> Tensor:
+def draw_mask(gamma: float, seed: int, shape: Sequence[int], block_size: BlockSize, dense: bool) -> Tensor:
     """What is dropped of a mask of ``shape`` (planes, H, W, inner).
 
     Returns:
@@ -61,9 +59,9 @@ def draw_mask(gamma: float, seed: int, shape: Sequence[int], block_size: int, de
     kh, kw, grid_h, grid_w = block_and_grid(height, width, block_size)
     generator = torch.Generator().manual_seed(seed)
     if gamma > DENSE:
-        seeds = torch.rand(planes, grid_h, grid_w, inner, generator=generator) < gamma
-        return widened(widened(seeds, 1, kh), 2, kw)
-    corners = draw_seeds(planes * grid_h * grid_w * inner, gamma, generator)
+        grid = torch.rand(planes, grid_h, grid_w, inner, generator=generator) < gamma
+        return widened(widened(grid, 1, kh), 2, kw)
+    corners = successes(planes * grid_h * grid_w * inner, gamma, generator)
     # From the index among the positions where a block fits to the offset in the map: every row and plane
     # before it adds its positions where none fits. The half keeps the floors of inexact products exact.
     row = corners.add(0.5).mul_(1 / (grid_w * inner)).floor_()
@@ -75,10 +73,10 @@ def draw_mask(gamma: float, seed: int, shape: Sequence[int], block_size: int, de
     return corners
 
 
-def widened(seeds: Tensor, dim: int, k: int) -> Tensor:
-    """``seeds`` and the ``k - 1`` positions after each along ``dim``, which grows by as many."""
-    dropped = seeds.new_zeros([n + k - 1 if i == dim else n for i, n in enumerate(seeds.shape)])
-    dropped.narrow(dim, 0, seeds.shape[dim]).copy_(seeds)
+def widened(corners: Tensor, dim: int, k: int) -> Tensor:
+    """``corners`` and the ``k - 1`` positions after each along ``dim``, which grows by as many."""
+    dropped = corners.new_zeros([n + k - 1 if i == dim else n for i, n in enumerate(corners.shape)])
+    dropped.narrow(dim, 0, corners.shape[dim]).copy_(corners)
     reach = 1
     while reach < k:  # what covers r positions, ored with itself s <= r further on, covers r + s
         step = min(reach, k - reach)
@@ -89,7 +87,7 @@ def widened(seeds: Tensor, dim: int, k: int) -> Tensor:
 
 
 def fill_blocks(
-    memory: Tensor, corners: Tensor, shape: Sequence[int], block_size: int, value: float
+    memory: Tensor, corners: Tensor, shape: Sequence[int], block_size: BlockSize, value: float
 ) -> Tensor:
     """Writes ``value`` into the blocks at ``corners``; ``memory`` is whole planes of the mask."""
     _, height, width, inner = shape
@@ -115,7 +113,7 @@ def pieces(corners: Tensor, shape: Sequence[int]) -> Iterator[tuple[int, int, Te
         yield begin, end, corners[first:last] - begin
 
 
-def count_dropped(mask: Tensor, shape: Sequence[int], block_size: int) -> int:
+def count_dropped(mask: Tensor, shape: Sequence[int], block_size: BlockSize) -> int:
     """How many elements of the mask of ``shape`` are dropped, ``mask`` being what ``draw_mask`` returned."""
     if mask.dtype == torch.bool:
         return int(mask.count_nonzero())
@@ -129,7 +127,7 @@ def count_dropped(mask: Tensor, shape: Sequence[int], block_size: int) -> int:
     return count
 
 
-def apply_mask(x: Tensor, mask: Tensor, scale: float, block_size: int, channels_last: bool) -> Tensor:
+def apply_mask(x: Tensor, mask: Tensor, scale: float, block_size: BlockSize, channels_last: bool) -> Tensor:
     """``x`` times ``scale``, a Python number that no dtype rounds, and 0 where ``draw_mask`` drops."""
     x = x.contiguous(memory_format=memory_format(channels_last))
     y = torch.empty_like(x, memory_format=memory_format(channels_last))
@@ -154,13 +152,13 @@ def apply_mask(x: Tensor, mask: Tensor, scale: float, block_size: int, channels_
 
 torch.library.define(
     "dropblock_det::drop_seed",
-    "(Tensor x, Tensor p, Tensor seed, bool exact, int block_size, bool per_channel, bool channels_last)"
+    "(Tensor x, Tensor p, Tensor seed, bool exact, int[2] block_size, bool per_channel, bool channels_last)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "dropblock_det::apply_seed",
     "(Tensor x, Tensor seed, Tensor gamma, Tensor scale,"
-    " int block_size, bool per_channel, bool channels_last) -> Tensor",
+    " int[2] block_size, bool per_channel, bool channels_last) -> Tensor",
 )
 
 
@@ -170,7 +168,7 @@ def drop_seed(
     p: Tensor,
     seed: Tensor,
     exact: bool,
-    block_size: int,
+    block_size: BlockSize,
     per_channel: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -181,7 +179,7 @@ def drop_seed(
         p: 0-dim drop probability.
         seed: 0-dim int64, stands for the mask.
         exact: whether the calibration is ``"exact"``.
-        block_size: side of the block.
+        block_size: of the block.
         per_channel: whether the mask has the channels of ``x`` or one for all.
         channels_last: whether the mask, and so the result, is in that memory format.
 
@@ -190,7 +188,7 @@ def drop_seed(
     """
     shape = mask_shape(x, per_channel, channels_last)
     calibration = "exact" if exact else "paper"
-    gamma = seed_probability(min(max(p.item(), 0.0), 1.0), block_size, *shape[1:3], calibration)
+    gamma = corner_probability(clamped(p), block_size, *shape[1:3], calibration)
     mask = draw_mask(gamma, int(seed.item()), shape, block_size, dense=not per_channel)
     elements = math.prod(shape)
     scale = elements / max(elements - count_dropped(mask, shape, block_size), 1)
@@ -204,7 +202,7 @@ def apply_seed(
     seed: Tensor,
     gamma: Tensor,
     scale: Tensor,
-    block_size: int,
+    block_size: BlockSize,
     per_channel: bool,
     channels_last: bool,
 ) -> Tensor:
@@ -224,18 +222,6 @@ def _(x: Tensor, p: Tensor, seed: Tensor, *numbers: int) -> tuple[Tensor, Tensor
 @torch.library.register_fake("dropblock_det::apply_seed")
 def _(x: Tensor, *mask_and_numbers: Tensor | int) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(bool(mask_and_numbers[-1])))
-
-
-def memory_format(channels_last: bool) -> torch.memory_format:
-    """The format as an argument of PyTorch's functions."""
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def mask_shape(x: Tensor, per_channel: bool, channels_last: bool) -> tuple[int, int, int, int]:
-    """Planes, H, W and inner of the mask of ``x``."""
-    n, c, height, width = x.shape
-    c = c if per_channel else 1
-    return (n, height, width, c) if channels_last else (n * c, height, width, 1)
 
 
 drop = differentiable(torch.ops.dropblock_det.drop_seed, torch.ops.dropblock_det.apply_seed, numbers=3)

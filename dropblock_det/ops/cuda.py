@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropblock_det.ops.cpu import mask_shape, memory_format
 from dropblock_det.ops.gradients import differentiable
-from dropblock_det.ops.reference import block_and_grid
+from dropblock_det.ops.layout import mask_shape, memory_format
+from dropblock_det.ops.reference import BlockSize, block_and_grid
 
 WORDS = 256  # words of 32 bits per program: 8,192 elements
 
@@ -176,7 +176,7 @@ def _scale(
 
 torch.library.define(
     "dropblock_det::draw_bits",
-    "(Tensor p, Tensor seed, SymInt[] shape, int block_size, bool exact) -> (Tensor, Tensor)",
+    "(Tensor p, Tensor seed, SymInt[] shape, int[2] block_size, bool exact) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "dropblock_det::apply_bits",
@@ -186,7 +186,7 @@ torch.library.define(
 
 @torch.library.impl("dropblock_det::draw_bits", "default")
 def draw_bits(
-    p: Tensor, seed: Tensor, shape: Sequence[int], block_size: int, exact: bool
+    p: Tensor, seed: Tensor, shape: Sequence[int], block_size: BlockSize, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """Draws the mask and counts what it keeps.
 
@@ -194,7 +194,7 @@ def draw_bits(
         p: 0-dim float32, the drop probability.
         seed: 0-dim int64.
         shape: planes, H, W, inner.
-        block_size: side of the block.
+        block_size: of the block.
         exact: whether the calibration is ``"exact"``.
 
     Returns:
@@ -214,12 +214,14 @@ def draw_bits(
 
 
 @torch.library.register_fake("dropblock_det::draw_bits")
-def _(p: Tensor, seed: Tensor, shape: Sequence[int], block_size: int, exact: bool) -> tuple[Tensor, Tensor]:
+def _(
+    p: Tensor, seed: Tensor, shape: Sequence[int], block_size: BlockSize, exact: bool
+) -> tuple[Tensor, Tensor]:
     elements = shape[0] * shape[1] * shape[2] * shape[3]
     return p.new_empty((elements + 31) // 32, dtype=torch.int32), p.new_empty((), dtype=torch.int64)
 
 
-def draw_seeds(gamma: Tensor, seed: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
+def draw_seeds(gamma: Tensor, seed: Tensor, shape: Sequence[int], block_size: BlockSize) -> Tensor:
     """Bernoulli(gamma) seeds at their place in the map of ``shape`` (planes, H, W, inner), packed."""
     planes, height, width, inner = shape
     _, _, grid_h, grid_w = block_and_grid(height, width, block_size)
@@ -233,7 +235,7 @@ def draw_seeds(gamma: Tensor, seed: Tensor, shape: Sequence[int], block_size: in
     return seeds
 
 
-def spread_seeds(seeds: Tensor, kept: Tensor, shape: Sequence[int], block_size: int) -> Tensor:
+def spread_seeds(seeds: Tensor, kept: Tensor, shape: Sequence[int], block_size: BlockSize) -> Tensor:
     """Widens packed seeds to blocks and subtracts the number of dropped elements from ``kept``."""
     _, height, width, inner = shape
     kh, kw, _, _ = block_and_grid(height, width, block_size)
@@ -283,7 +285,7 @@ def draw_and_apply(
     p: Tensor,
     seed: Tensor,
     exact: bool,
-    block_size: int,
+    block_size: BlockSize,
     per_channel: bool,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

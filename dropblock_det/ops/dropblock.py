@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from numbers import Real
+from numbers import Integral, Real
 from types import ModuleType
 
 import torch
@@ -10,27 +10,44 @@ from torch import Tensor
 
 from dropblock_det.errors import InputError
 from dropblock_det.ops import cpu, reference
-from dropblock_det.ops.reference import CALIBRATIONS
+from dropblock_det.ops.reference import CALIBRATIONS, BlockSize, block_sides, clamped
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PATHS = ("reference", "cpu", "cuda")
 FORCED_PATH = os.environ.get("DROPBLOCK_DET_PATH")  # for debugging; read once, when first imported
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def check_arguments(p: float, block_size: int, calibration: str) -> None:
+def check_arguments(p: float, block_size: BlockSize, calibration: str) -> None:
     """Raises :class:`InputError`, naming the argument and its value, for what no input could make right."""
-    if not isinstance(p, Real) or not 0.0 <= p <= 1.0:
+    if not isinstance(p, Real) or isinstance(p, bool) or not 0.0 <= p <= 1.0:
         raise InputError(f"p must be a number in [0, 1], not {p!r}")
-    if not isinstance(block_size, int) or isinstance(block_size, bool) or block_size < 1:
-        raise InputError(f"block_size must be an integer of at least 1, not {block_size!r}")
+    sides = block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    whole = [isinstance(side, Integral) and not isinstance(side, bool) for side in sides]
+    if len(sides) != 2 or not all(whole) or not all(1 <= side < 2**63 for side in sides):
+        raise InputError(
+            f"block_size must be an integer from 1 to 2**63 - 1, or a pair of them, not {block_size!r}"
+        )
     if calibration not in CALIBRATIONS:
         raise InputError(f"calibration must be one of {', '.join(CALIBRATIONS)}, not {calibration!r}")
+
+
+def check_map(x: Tensor) -> None:
+    """Raises where ``x`` is not a map: a TypeError for what is no tensor, else :class:`InputError`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise InputError(f"x must be a dense tensor, not {x.layout}")
+    if x.dim() != 4:
+        raise InputError(f"x must have 4 dimensions (N, C, H, W), not shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise InputError(f"x must be float16, bfloat16, float32 or float64, not {x.dtype}")
 
 
 def drop_block2d(
     x: Tensor,
     p: float | Tensor,
-    block_size: int,
+    block_size: BlockSize,
     training: bool = True,
     per_channel: bool = True,
     calibration: str = "paper",
@@ -44,7 +61,8 @@ def drop_block2d(
         x: ``(N, C, H, W)``, float16, bfloat16, float32 or float64, in any memory format, which is kept.
         p: drop probability in [0, 1]; as a 0-dim float32 tensor on the device of ``x`` it may change from
             call to call at no cost (no synchronization, no recompilation), and values outside are clamped.
-        block_size: side of the dropped block, at least 1, odd or even. Clipped to the map, per axis.
+        block_size: side of the dropped block, or its height and width: at least 1, odd or even. Clipped to
+            the map, per axis.
         training: if False the input itself is returned, as it is when ``p`` is the number 0.
         per_channel: one mask per channel, which the paper found better, or one for all channels of a sample.
         calibration: ``"paper"`` (the published tables' gamma; the share dropped is lower than ``p`` because
@@ -54,25 +72,24 @@ def drop_block2d(
         ``x * mask / kept share`` with the shape, dtype and memory format of ``x``; zeros if all is dropped.
 
     Raises:
-        InputError: an argument is out of range, or ``x`` is not a 4-dimensional floating-point tensor.
+        InputError: an argument is out of range, or ``x`` is not a dense 4-dimensional floating-point tensor.
+        TypeError: ``x`` is no tensor.
 
     Source: Ghiasi, Lin and Le 2018, algorithm 1.
     """
+    check_map(x)
     check_arguments(0.0 if isinstance(p, Tensor) else p, block_size, calibration)
     if isinstance(p, Tensor) and (p.dim() != 0 or p.dtype != torch.float32 or p.device != x.device):
         raise InputError(
             f"p must be a number or a 0-dim float32 tensor on {x.device},"
             f" not {p.dtype} of shape {tuple(p.shape)} on {p.device}"
         )
-    if x.dim() != 4:
-        raise InputError(f"x must have 4 dimensions (N, C, H, W), not shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise InputError(f"x must be a floating-point tensor, not {x.dtype}")
     if not training or x.numel() == 0 or (not isinstance(p, Tensor) and p == 0):
         return x
+    block_size = block_sides(block_size)
     path = _path(x)
     if path is reference:
-        return reference.drop_block2d(x, min(max(float(p), 0.0), 1.0), block_size, per_channel, calibration)
+        return reference.drop_block2d(x, clamped(p), block_size, per_channel, calibration)
     if not isinstance(p, Tensor):
         p = torch.full((), p, dtype=torch.float32, device=x.device)
     seed = torch.randint(2**62, (), device=x.device)

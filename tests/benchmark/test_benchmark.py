@@ -67,7 +67,7 @@ def test_mmdetections_formulation_drops_the_expected_share():
     """2,000 planes of 400; the share's standard error is below 0.4 %, three of them are allowed."""
     torch.manual_seed(0)
     dropped = (benchmark.mmdetection(torch.ones(20, 400, 20, 20), 0.2, 5) == 0).float().mean().item()
-    gamma = benchmark.reference.seed_probability(0.2, 5, 20, 20)
+    gamma = benchmark.reference.corner_probability(0.2, 5, 20, 20)
     assert abs(dropped / benchmark.reference.expected_drop_share(gamma, 5, 20, 20) - 1) < 0.012
 
 

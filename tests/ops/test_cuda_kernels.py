@@ -86,7 +86,7 @@ def test_mask_is_the_references_bit_for_bit(device, gamma, block_size, monkeypat
         assert seeds.sum() == grid.sum()  # none where a block does not fit
         if gamma in (0.0, 1.0):
             assert (grid == bool(gamma)).all()
-        expected = reference.mask_from_seeds(grid.permute(0, 3, 1, 2), block_size, height, width)
+        expected = reference.mask_from_corners(grid.permute(0, 3, 1, 2), block_size, height, width)
         kept = torch.tensor(seeds.numel(), device=device)
         dropped = unpack(cuda.spread_seeds(packed, kept, shape, block_size), shape)
         assert torch.equal(~dropped, expected.permute(0, 2, 3, 1))
@@ -138,7 +138,7 @@ def test_gamma_on_the_device_is_the_references(device, height, width, block_size
     cover = triton.next_power_of_2(min(kh, grid_h))
     exact = calibration == "exact"
     cuda._prepare[(1,)](p, gamma, kept, 12345, height, width, kh, kw, EXACT=exact, COVER=cover)
-    expected = reference.seed_probability(p.item(), block_size, height, width, calibration)
+    expected = reference.corner_probability(p.item(), block_size, height, width, calibration)
     assert gamma.item() == pytest.approx(expected, rel=1e-6)
     assert kept == 12345
 
@@ -237,7 +237,7 @@ class TestOnAGpu:
     )
     def test_realised_share(self, size, block_size, p, calibration):
         """Within 1 % at a standard error of at most 0.25 %."""
-        gamma = reference.seed_probability(p, block_size, *size, calibration)
+        gamma = reference.corner_probability(p, block_size, *size, calibration)
         expected = reference.expected_drop_share(gamma, block_size, *size)
         x = torch.ones(1, 100_000_000 // (size[0] * size[1]), *size, device="cuda")
         shares = (drop_block2d(x, p, block_size, calibration=calibration) == 0).flatten(2).float().mean(2)
@@ -317,7 +317,7 @@ class TestOnAGpu:
         dropped = torch.nn.functional.avg_pool2d(
             (~kept).float(), [min(block_size, s) for s in size], stride=1
         )
-        assert torch.equal(reference.mask_from_seeds(dropped > 0.9999, block_size, *size), kept)
+        assert torch.equal(reference.mask_from_corners(dropped > 0.9999, block_size, *size), kept)
 
     def test_more_than_2_to_31_elements(self):
         x = torch.ones(9, 256, 1000, 1000, dtype=torch.bfloat16, device="cuda")

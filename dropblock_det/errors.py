@@ -1,7 +1,8 @@
-"""What happens when the user's input is wrong: one line, exit status 2, no traceback."""
+"""When the user's input is wrong or the machine refuses: one line, exit status 2, no traceback."""
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,27 @@ from pathlib import Path
 
 class InputError(ValueError):
     """The user's input is wrong. The message is one line: the file or argument, and what to do."""
+
+
+def printable(text: object) -> str:
+    """Returns a text on one line that a terminal shows as it is: what would control it is written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def refusal(error: OSError) -> str:
+    """Returns a line that says what the disk or the network refused, and what helps."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "make room and start again; what is there is kept"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "choose a place that you may write to"
+    elif error.errno == errno.ELOOP:
+        hint = "its links lead in a circle"
+    else:
+        hint = "check the name" if error.filename else ""
+    file = error.filename2 or error.filename
+    parts = [os.fsdecode(file) + ":" if isinstance(file, str | bytes | os.PathLike) else ""]
+    parts += [error.strerror or str(getattr(error, "reason", error)), f"({hint})" if hint else ""]
+    return " ".join(filter(None, parts))
 
 
 @contextlib.contextmanager
@@ -19,25 +41,37 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except BrokenPipeError:  # no disk: whoever reads our output has left
         raise
     except OSError as error:
-        hint = "choose a folder that you may write to"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "make room and start again; what is there is kept"
-        raise InputError(
-            f"{error.filename2 or error.filename or folder}: {error.strerror}; {hint}"
-        ) from error
+        error.filename = error.filename or str(folder)
+        raise InputError(refusal(error)) from error
 
 
-def run_tool(main: Callable[[], None]) -> None:
-    """Runs a command-line tool's ``main`` and ends the process as the shell expects.
+def run_tool(main: Callable[[], object]) -> None:
+    """Runs a command-line tool's ``main``, its imports included, and ends the process as the shell expects.
 
-    Exit status 2 and one ``error:`` line on stderr for an :class:`InputError`, 130 after Ctrl-C.
-    Anything else is a fault of ours and keeps its traceback.
+    Exit status 2 and one ``error:`` line on stderr for an :class:`InputError` and for what the disk or the
+    network refuse, 130 after Ctrl-C, 141 when the reader of a pipe has left. Anything else is a fault of
+    ours and keeps its traceback.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a full disk behind it shows here at the latest
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(130, "interrupted")
+    except BrokenPipeError:
+        _end(141, "")
+    except OSError as error:
+        _end(2, f"error: {refusal(error)}")
+
+
+def _end(status: int, line: str) -> None:
+    if line:
+        print(printable(line), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python tries again at its end, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

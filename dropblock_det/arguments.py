@@ -1,0 +1,57 @@
+"""What arguments may be: types with ranges, checked alike on command lines, in configs and checkpoints."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from dropblock_det.errors import InputError
+
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Natural = Annotated[int, Meta(ge=0, lt=2**31)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy's and Lightning's generators take
+Share = Annotated[float, Meta(ge=0, le=1)]
+Rate = Annotated[float, Meta(ge=0, le=1e6)]
+
+
+def checked_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], origin: str = ""
+) -> dict[str, Any]:
+    """Checks arguments against a function's annotations: their types and ranges, and that none is unknown.
+
+    Args:
+        function: A function or a class. Its annotations are types that msgspec decodes, or ``Path``.
+        arguments: By name, as plain data. Those that the function needs may be missing.
+        origin: What to put before a name in a message, such as ``"model."`` or a file's name.
+
+    Returns:
+        The arguments, decoded.
+
+    Raises:
+        InputError: One of them has another type, is out of range, or is none of the function's.
+    """
+    kind = function.__init__ if inspect.isclass(function) else function
+    hints = get_type_hints(kind, include_extras=True)
+    checked = {}
+    for name, value in arguments.items():
+        if name not in hints:
+            raise InputError(f"{origin}{name}: there is no such argument")
+        try:
+            checked[name] = msgspec.convert(value, hints[name], dec_hook=_path)
+        except (msgspec.ValidationError, OverflowError) as error:
+            given = repr(value)
+            raise InputError(
+                f"{origin}{name}: got {given[:100]}{'...' if len(given) > 100 else ''}; {error}"
+            ) from None
+    return checked
+
+
+def _path(kind: type, value: Any) -> Path:
+    if kind is not Path:
+        raise NotImplementedError(kind)
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError("give a file's or folder's name")
+    return Path(value)

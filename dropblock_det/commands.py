@@ -1,0 +1,106 @@
+"""The command line of a tool: made from a function's signature and docstring, so that it is written once."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.text import Text
+
+from dropblock_det.arguments import checked_arguments
+from dropblock_det.errors import InputError, printable
+
+
+def command(
+    what: Callable[..., Any] | Mapping[str, Callable[..., Any]], args: Sequence[str] | None = None
+) -> Any:
+    """Calls a function with the command line's arguments.
+
+    A parameter without a default is given by its place, the others by ``--name``; a list or tuple takes
+    several words, and a ``bool`` is a flag. Types, ranges and help come from annotations and docstring.
+
+    Args:
+        what: The function; or several by name, of which the first word chooses one.
+        args: The words; by default the process's own.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        InputError: The words don't fit the signature.
+    """
+    words = sys.argv[1:] if args is None else args
+    if callable(what):
+        function, given = what, parsed(_parser(what), words).as_dict()
+    else:
+        parser = ArgumentParser(
+            exit_on_error=False, allow_abbrev=False, description=_help(sys.modules["__main__"])
+        )
+        chosen = parser.add_subcommands(required=True)
+        for name, choice in what.items():
+            subparser = _parser(choice)
+            chosen.add_subcommand(name, subparser, help=subparser.description)
+        found = parsed(parser, words)
+        function, given = what[found.subcommand], found[found.subcommand].as_dict()
+    return function(**checked_arguments(function, given))
+
+
+def parsed(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
+    """Parses words.
+
+    Raises:
+        InputError: They don't fit, in one line.
+    """
+    try:
+        return parser.parse_args(list(args))
+    except (argparse.ArgumentError, UnicodeError) as error:
+        raise InputError(f"{' '.join(str(error).split())[:600]}; --help lists what there is") from None
+
+
+def _help(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0]
+
+
+def _parser(function: Callable[..., Any]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=_help(function))
+    kinds = get_type_hints(function)
+    about = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    for name, parameter in inspect.signature(function).parameters.items():
+        options: dict[str, Any] = {"help": about.get(name)}
+        required = parameter.default is parameter.empty
+        if not required:
+            options["default"] = parameter.default
+        kind = kinds[name]
+        if get_origin(kind) in (Union, UnionType) and len(get_args(kind)) == 2 and NoneType in get_args(kind):
+            kind = next(choice for choice in get_args(kind) if choice is not NoneType)
+        if kind is bool:
+            options["action"] = "store_true"
+        elif get_origin(kind) in (list, tuple):
+            options |= {"type": str if Path in get_args(kind) else get_args(kind)[0], "nargs": "+"}
+            if get_origin(kind) is tuple and ... not in get_args(kind):
+                options["nargs"] = len(get_args(kind))
+        else:
+            options["type"] = str if kind is Path else kind  # Path("") is the working directory
+        parser.add_argument(name if required else f"--{name.replace('_', '-')}", **options)
+    return parser
+
+
+class PlainConsole(Console):
+    """A terminal for text from anywhere: strings are shown as they are, and none is read as markup.
+
+    Styles are given as rich's objects and arguments.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Makes a string rich's text; control characters in it become visible."""
+        shown = "\n".join(map(printable, text.split("\n")))
+        return super().render_str(shown, **{**options, "markup": False, "emoji": False, "highlight": False})

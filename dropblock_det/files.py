@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -33,7 +34,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
-            content = file.read(limit + 1) if stat.S_ISREG(status.st_mode) else None
+            content = file.read(min(limit, status.st_size) + 1) if stat.S_ISREG(status.st_mode) else None
     except FileNotFoundError:
         raise InputError(f"{path}: cannot be read: there is no such file") from None
     except OSError as error:
@@ -67,7 +68,18 @@ def read_json(path: Path, kind: Any = Any, limit: int = MAX_BYTES) -> Any:
     except RecursionError:
         raise InputError(f"{path}: nested too deeply; replace the file") from None
     except (msgspec.DecodeError, ValueError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); is the file complete?") from None
+        raise InputError(
+            f"{path}: not valid JSON ({error}{_near(content, error)}); is the file complete?"
+        ) from None
+
+
+def _near(content: bytes, error: Exception) -> str:
+    """What stands before the byte that a message names: it says which record has, for example, a NaN."""
+    found = re.search(r"\(byte (\d+)\)", str(error))
+    if not found:
+        return ""
+    at = int(found[1])
+    return f" after {content[max(0, at - 60) : at].decode(errors='replace')!r}"
 
 
 def checked(content: Any, kind: Any, path: Path) -> Any:

@@ -5,25 +5,28 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_dtype
 
-from dropblock_det.datasets.annotations import load_annotations
+from dropblock_det.datasets.annotations import MAX_ID, Annotations, load_annotations
 from dropblock_det.datasets.augment import Augmentation, draw
 from dropblock_det.datasets.images import ImageCache, read_image
 from dropblock_det.datasets.sampling import TrainSampler, ValBatches
 from dropblock_det.errors import InputError
 
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
 Item = tuple[Tensor, dict[str, Any]]
 
 MIN_SIDE = 0.1  # pixels; smaller sides can vanish in float32 when the detector resizes
+MAX_SEED = 2**32 - 1  # as everywhere in torch and numpy
 FLIP = Augmentation()
 
 
@@ -32,13 +35,14 @@ class CocoDataset(Dataset[Item]):
 
     An item is ``(image, target)``: the image float32 (3, H, W) in [0, 1], the target ``{"boxes": float32
     (n, 4) as x1, y1, x2, y2 in pixels, "labels": int64 (n,) from 1, "image_id": int}``. Crowd regions are
-    left out (evaluation still has them, in :attr:`coco`), images without boxes are kept, boxes are cut to
-    the image, and boxes with a side under 0.1 pixel are left out and counted in :attr:`dropped_boxes`.
+    left out (evaluation still has them, in :attr:`annotations`), images without boxes are kept, boxes are
+    cut to the image, and boxes with a side under 0.1 pixel are left out and counted in
+    :attr:`dropped_boxes`.
 
     ``dataset[i]`` is the image as it is; ``dataset[i, draw_seed]`` the augmented one.
 
     Attributes:
-        coco: pycocotools' index of the original annotations; worker processes do not get it.
+        annotations: The original annotations; worker processes do not get them.
         categories: One ``{"label", "id", "name"}`` per category: labels 1..K in the order of the COCO ids.
         ids: Image ids, in the order of the items.
         dropped_boxes: Number of degenerate boxes left out.
@@ -55,8 +59,6 @@ class CocoDataset(Dataset[Item]):
         InputError: Folder, file, records or images are missing or wrong.
     """
 
-    coco: COCO
-
     def __init__(
         self,
         annotations: str | Path,
@@ -69,12 +71,12 @@ class CocoDataset(Dataset[Item]):
         self.folder = Path(images)
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such image folder; check the path")
-        self.coco = load_annotations(Path(annotations))
-        self.categories = category_table(self.coco)
-        self.ids = _choose(sorted(self.coco.imgs), subset, seed)
-        records = [self.coco.imgs[image_id] for image_id in self.ids]
-        self.files = [record["file_name"] for record in records]
-        self.sizes = np.array([(record["height"], record["width"]) for record in records])
+        self.annotations = load_annotations(Path(annotations))
+        self.categories = category_table(self.annotations)
+        by_id = {image.id: image for image in self.annotations.images}
+        self.ids = _choose(list(by_id), subset, seed)
+        self.files = [by_id[image_id].file_name for image_id in self.ids]
+        self.sizes = np.array([(by_id[image_id].height, by_id[image_id].width) for image_id in self.ids])
         for file in self.files:
             if not os.path.isfile(self.folder / file):
                 raise InputError(f"{self.folder / file}: no such image{self._hint(file)}")
@@ -84,27 +86,27 @@ class CocoDataset(Dataset[Item]):
 
     def _hint(self, file: str) -> str:
         for name in os.listdir(self.folder):
+            if name == file:
+                return "; what has this name is no file, or a link that leads to none"
             if name.lower() == file.lower():
                 return f"; the folder has {name!r}: upper and lower case differ"
         return "; check that the folder goes with the annotations"
 
     def _index_boxes(self) -> None:
         # Flat arrays rather than lists of lists: forked workers share them without copying.
-        label_of = {category["id"]: category["label"] for category in self.categories}
-        per_image = [
-            [a for a in self.coco.imgToAnns.get(image_id, ()) if not a["iscrowd"]] for image_id in self.ids
-        ]
-        counts = [len(annotations) for annotations in per_image]
-        boxes = np.array([a["bbox"] for annotations in per_image for a in annotations], dtype=np.float64)
-        labels = [label_of[a["category_id"]] for annotations in per_image for a in annotations]
-        owner = np.repeat(np.arange(len(self.ids)), counts)
-        boxes = boxes.reshape(-1, 4)
+        rows = self.annotations.rows
+        rows = rows[np.isin(rows["image_id"], self.ids) & ~rows["iscrowd"]]
+        owner = np.searchsorted(self.ids, rows["image_id"])
+        order = np.argsort(owner, kind="stable")
+        rows, owner = rows[order], owner[order]
+        labels = np.searchsorted([category["id"] for category in self.categories], rows["category_id"]) + 1
+        boxes = rows["bbox"].copy()
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.tile(self.sizes[owner][:, ::-1], 2))
         kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
         self.dropped_boxes = int((~kept).sum())
         self.boxes = torch.from_numpy(boxes[kept].astype(np.float32))
-        self.labels = torch.tensor(labels, dtype=torch.int64)[torch.from_numpy(kept)]
+        self.labels = torch.from_numpy(labels[kept])
         self.offsets = np.searchsorted(owner[kept], np.arange(len(self.ids) + 1))
 
     def path(self, image_id: int) -> Path:
@@ -130,20 +132,26 @@ class CocoDataset(Dataset[Item]):
         return image, {"boxes": boxes, "labels": labels, "image_id": self.ids[index]}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "coco"}
+        return {name: value for name, value in self.__dict__.items() if name != "annotations"}
 
 
-def category_table(coco: COCO) -> list[dict[str, Any]]:
+def category_table(annotations: Annotations) -> list[dict[str, Any]]:
     """Returns one ``{"label", "id", "name"}`` per category: labels 1..K in the order of the COCO ids."""
     return [
-        {"label": label, "id": category["id"], "name": category["name"]}
-        for label, category in enumerate(sorted(coco.cats.values(), key=lambda c: c["id"]), start=1)
+        {"label": label, "id": category.id, "name": category.name}
+        for label, category in enumerate(annotations.categories, start=1)
     ]
 
 
 def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Returns (images, targets) as two lists, as torchvision's detectors take them."""
     return [image for image, _ in items], [target for _, target in items]
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises an InputError unless the setting ``data.NAME`` is a whole number in the range."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise InputError(f"data.{name}: got {value}, give a whole number from {least} to {most}")
 
 
 class CocoDataModule(LightningDataModule):
@@ -185,15 +193,13 @@ class CocoDataModule(LightningDataModule):
         cache_mb: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
-            ("subset_seed", subset_seed, 0),
-            ("cache_mb", cache_mb, 0),
-        ):
-            if value < least:
-                raise InputError(f"data.{name}: got {value}, give {least} or more")
+        check_range("batch_size", batch_size, 1, 2**20)
+        check_range("num_workers", num_workers, 0, 1024)
+        check_range("cache_mb", cache_mb, 0, 2**30)
+        for name, subset in (("train_subset", train_subset), ("val_subset", val_subset)):
+            check_range(name, 1 if subset is None else subset, 1, MAX_ID)
+        check_range("seed", seed, 0, MAX_SEED)
+        check_range("subset_seed", subset_seed, 0, MAX_SEED)
         self.root = Path(root)
         self.train_images, self.train_annotations = self.root / train_images, self.root / train_annotations
         self.val_images, self.val_annotations = self.root / val_images, self.root / val_annotations
@@ -213,7 +219,7 @@ class CocoDataModule(LightningDataModule):
             seed=self.subset_seed,
             cache_mb=self.cache_mb,
         )
-        del dataset.coco  # a GB for all of COCO, and only validation needs it
+        del dataset.annotations  # 100 MB for all of COCO, and only validation needs them
         return dataset
 
     @cached_property
@@ -224,10 +230,10 @@ class CocoDataModule(LightningDataModule):
             self.val_annotations, self.val_images, subset=self.val_subset, seed=self.subset_seed
         )
 
-    @property
-    def val_coco(self) -> COCO:
-        """The original validation annotations, for evaluation."""
-        return self.val_dataset.coco
+    @cached_property
+    def val_coco(self) -> "COCO":
+        """The index that pycocotools makes of the original validation annotations, for evaluation."""
+        return self.val_dataset.annotations.index()
 
     @property
     def categories(self) -> list[dict[str, Any]]:
@@ -241,7 +247,9 @@ class CocoDataModule(LightningDataModule):
             (self.train_annotations, self.train_dataset),
             (self.val_annotations, self.val_dataset),
         ):
-            digest.update(file.read_bytes())
+            with file.open("rb") as opened:
+                while piece := opened.read(1 << 20):
+                    digest.update(piece)
             digest.update(repr(dataset.ids).encode())
         return digest.hexdigest()
 

@@ -226,7 +226,7 @@ def test_workers_fill_one_shared_cache(content, write):
 
 def test_pickle_leaves_the_annotations_behind(content, write):
     dataset = pickle.loads(pickle.dumps(CocoDataset(*write(content))))
-    assert not hasattr(dataset, "coco")
+    assert not hasattr(dataset, "annotations")
     assert dataset[0][0].shape == (3, 10, 20)
 
 
@@ -254,6 +254,27 @@ def test_train_and_val_must_agree_on_categories(content, write):
     data = CocoDataModule(str(annotations.parent), images.name, annotations.name, images.name, other.name)
     with pytest.raises(InputError, match="categories"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", 10**30),
+        ("batch_size", 1.5),
+        ("num_workers", -1),
+        ("num_workers", 10**9),
+        ("cache_mb", 2**60),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("subset_seed", 5_000_000_000),
+        ("train_subset", 0),
+        ("val_subset", -3),
+    ],
+)
+def test_settings_are_checked_before_anything_is_read(name, value):
+    with pytest.raises(InputError, match=rf"^data\.{name}: got {value}, give"):
+        CocoDataModule("no such folder", **{name: value})
 
 
 def test_data_hash_follows_annotations_and_subset(content, write):

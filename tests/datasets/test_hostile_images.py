@@ -181,6 +181,9 @@ def test_missing_images(one, line_of):
     assert "'B.PNG': upper and lower case differ" in line
     assert str(one[2]) in line_of(lambda: dataset[0])  # removed since
     one[2].with_name("B.PNG").unlink()
+    one[2].symlink_to(one[2].name)  # a loop
+    assert "a link that leads to none" in line_of(lambda: CocoDataset(one[0], one[1]))
+    one[2].unlink()
     assert "no such image" in line_of(lambda: CocoDataset(one[0], one[1]))
 
 
@@ -188,8 +191,9 @@ def test_case_clashes_and_other_names(content, write):
     content["images"][0]["file_name"], content["images"][1]["file_name"] = "A.png", "a.png"
     dataset = CocoDataset(*write(content))
     assert [dataset[n][0].shape[2] for n in range(2)] == [20, 40]
-    content["images"][0]["file_name"] = "b\udcff.png"  # a name that is not UTF-8, as Python writes it
-    assert CocoDataset(*write(content))[1][0].shape == (3, 30, 40)
+    content["images"][0]["file_name"] = "b\udcff.png"  # a name that is not Unicode, as Python writes it
+    with pytest.raises(InputError, match=r"not valid JSON .*udcff"):
+        CocoDataset(*write(content))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -64,7 +64,7 @@ def noisy(coco, seed, keep=0.8):
 def test_equals_pycocotools(content, write):
     del content["annotations"][3]  # the id 0, which pycocotools takes for no match
     annotations, _ = write(content)
-    coco = load_annotations(annotations)
+    coco = load_annotations(annotations).index()
     results = noisy(coco, 0, keep=1)
     expected = pycocotools_figures(str(annotations), results)
     got = coco_figures(coco, results, list(coco.imgs))
@@ -75,7 +75,7 @@ def test_equals_pycocotools(content, write):
 
 def test_equals_pycocotools_on_real_annotations(real_coco):
     annotations = real_coco / "annotations" / "instances_val2017.json"
-    coco = load_annotations(annotations)
+    coco = load_annotations(annotations).index()
     results = noisy(coco, 1)
     image_ids = sorted(coco.imgs)[::2]
     expected = pycocotools_figures(str(annotations), results, image_ids)
@@ -91,7 +91,7 @@ def perfect(coco):
 
 
 def test_perfect_detections_reach_one_even_of_annotation_0(content, write):
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     coco.dataset["annotations"] = [a for a in coco.dataset["annotations"] if a["bbox"][2]]
     figures = coco_figures(coco_index(coco.dataset), perfect(coco), list(coco.imgs))
     assert figures["mAP"] == pytest.approx(1, abs=1e-9)
@@ -101,7 +101,7 @@ def test_perfect_detections_reach_one_even_of_annotation_0(content, write):
 
 def test_crowds_are_ignored_not_missed_nor_false(content, write):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 7]
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     inside = {"image_id": 7, "category_id": 2, "bbox": [2, 20, 10, 8], "score": 0.99}
     assert coco_figures(coco, [inside, *perfect(coco)], [7])["mAP"] == pytest.approx(1, abs=1e-9)
     elsewhere = inside | {"category_id": 18}  # no crowd of dogs there: a false positive
@@ -111,14 +111,14 @@ def test_crowds_are_ignored_not_missed_nor_false(content, write):
 def test_areas_are_the_original_ones(content, write):
     content["annotations"] = content["annotations"][:1]
     content["annotations"][0] |= {"bbox": [0, 0, 40, 30], "area": 1000}  # 1200 as a box, small by its mask
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     figures = coco_figures(coco, perfect(coco), [7])
     assert figures["AP_small"] == pytest.approx(1, abs=1e-9)
     assert math.isnan(figures["AP_medium"])
 
 
 def test_no_detections_is_zero(content, write, capsys):
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     figures = coco_figures(coco, [], list(coco.imgs))
     assert figures["mAP"] == figures["AP50"] == figures["AR_100"] == 0
     assert capsys.readouterr().out == ""
@@ -126,22 +126,22 @@ def test_no_detections_is_zero(content, write, capsys):
 
 def test_no_objects_is_nan(content, write):
     content["annotations"] = []
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     results = [{"image_id": 7, "category_id": 2, "bbox": [1, 1, 5, 5], "score": 0.5}]
     for found in ([], results):
         assert all(math.isnan(value) for value in coco_figures(coco, found, [7]).values())
 
 
 def test_images_outside_the_choice_do_not_count(content, write):
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 7]
-    alone = load_annotations(write(content)[0])
+    alone = load_annotations(write(content)[0]).index()
     results = [*perfect(coco), {"image_id": 3, "category_id": 18, "bbox": [0, 0, 5, 5], "score": 1.0}]
     np.testing.assert_equal(coco_figures(coco, results, [7]), coco_figures(alone, perfect(alone), [7]))
 
 
 def test_the_caller_keeps_its_records(content, write):
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     results = perfect(coco)
     before = copy.deepcopy(results)
     coco_figures(coco, results, [7])
@@ -168,7 +168,7 @@ def test_detections_to_coco():
 
 
 def test_results_come_back_from_their_file(content, write, tmp_path):
-    coco = load_annotations(write(content)[0])
+    coco = load_annotations(write(content)[0]).index()
     path = tmp_path / "results.json"
     path.write_text(json.dumps(perfect(coco)))
     assert load_results(path, coco) == perfect(coco)

@@ -18,7 +18,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**27  # 134 million: 400 MB decoded
 
 
-def read_image(path: Path, width: int, height: int) -> Tensor:
+def read_image(path: Path, width: int | None = None, height: int | None = None) -> Tensor:
     """Reads an image of any mode as RGB.
 
     The stored pixels are read as they are: an EXIF rotation isn't applied, as COCO's own tools don't apply
@@ -27,8 +27,8 @@ def read_image(path: Path, width: int, height: int) -> Tensor:
 
     Args:
         path: The file; its content and not its name tells the format.
-        width: Expected width in pixels.
-        height: Expected height in pixels.
+        width: Expected width in pixels; None for any.
+        height: Expected height in pixels; None for any.
 
     Returns:
         uint8 tensor (3, height, width), in channels-last memory order.
@@ -42,14 +42,14 @@ def read_image(path: Path, width: int, height: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's word on large images and odd metadata
             with Image.open(path, formats=FORMATS) as image:
-                if image.size != (width, height):
+                if width is not None and image.size != (width, height):
                     raise InputError(
                         f"{path}: {image.width}x{image.height} pixels, the annotations say {width}x{height}; "
                         "give the image they were made for (its EXIF rotation is not applied)"
                     )
-                if width * height > MAX_PIXELS:
+                if image.width * image.height > MAX_PIXELS:
                     raise InputError(
-                        f"{path}: {width}x{height} is over {MAX_PIXELS} pixels; cut it into tiles"
+                        f"{path}: {image.width}x{image.height} is over {MAX_PIXELS} pixels; cut it into tiles"
                     )
                 if image.mode in ("I", "F"):
                     raise InputError(f"{path}: 32-bit pixels have no fixed range; convert it to 8 or 16 bit")

@@ -32,10 +32,15 @@ class TrainSampler(Sampler[tuple[int, int]]):
         return -(-self.size // self.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        shared = np.resize(order, len(self) * self.world_size)  # repeats from the start where it must
-        for index in shared[self.rank :: self.world_size].tolist():
+        for index in epoch_order(self.size, self.seed, self.epoch, self.rank, self.world_size).tolist():
             yield index, draw_seed(self.seed, self.epoch, index)
+
+
+def epoch_order(size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+    """Returns one process's share of a shuffled epoch: indices, int64, as many for every process."""
+    order = np.random.default_rng((seed, epoch)).permutation(size)
+    # Repeats from the start where the processes do not divide the data set.
+    return np.resize(order, -(-size // world_size) * world_size)[rank::world_size]
 
 
 def draw_seed(seed: int, epoch: int, index: int) -> int:

@@ -1,0 +1,314 @@
+"""Small images with one label each, decoded once and kept in memory: CIFAR-10, MNIST, folders of classes.
+
+A batch is cut from one tensor by the indices of its images: no worker process, no call per image.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import CIFAR10, MNIST, ImageFolder
+from torchvision.transforms.v2.functional import resize
+
+from dropblock_det.datasets.images import read_image
+from dropblock_det.datasets.sampling import ValBatches, epoch_order
+from dropblock_det.errors import InputError
+
+MAX_BYTES = 8 * 2**30  # decoded
+
+
+class Labelled(NamedTuple):
+    """Images with labels.
+
+    Attributes:
+        images: uint8 ``(N, C, H, W)``.
+        labels: int64 ``(N,)``, from 0.
+        names: of the classes, by label.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+
+class Draw(NamedTuple):
+    """Images of a batch, and how each is augmented: mirrored or not, moved by rows and columns."""
+
+    indices: Tensor
+    flips: Tensor | None = None
+    shifts: Tensor | None = None
+
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images uint8 ``(B, C, H, W)``, labels int64 ``(B,)``, and the images' numbers int64 ``(B,)``."""
+
+
+def load_cifar10(root: Path, train: bool, download: bool, size: int | None) -> Labelled:
+    """CIFAR-10 from its own files, as torchvision fetches and checks them."""
+    data = CIFAR10(str(root), train=train, download=download)
+    return Labelled(
+        torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor(data.targets),
+        tuple(data.classes),
+    )
+
+
+def load_mnist(root: Path, train: bool, download: bool, size: int | None) -> Labelled:
+    """MNIST from its own files, as torchvision fetches and checks them."""
+    data = MNIST(str(root), train=train, download=download)
+    return Labelled(data.data.unsqueeze(1), data.targets, tuple(data.classes))
+
+
+def load_folder(root: Path, train: bool, download: bool, size: int | None) -> Labelled:
+    """``root/train/CLASS/*`` and ``root/test/CLASS/*``, resized to ``size`` pixels a side if given."""
+    data = ImageFolder(str(root / ("train" if train else "test")))
+    images: Tensor | None = None
+    for number, (file, _) in enumerate(data.samples):
+        image = read_image(Path(file))
+        if size is not None:
+            image = resize(image, [size, size], antialias=True)
+        if images is None:
+            shape = (len(data.samples), *image.shape)
+            if np.prod(shape, dtype=float) > MAX_BYTES:
+                raise InputError(f"{root}: takes more than {MAX_BYTES >> 30} GiB decoded; give a data.size")
+            images = torch.empty(shape, dtype=torch.uint8)
+        if image.shape != images.shape[1:]:
+            found, first = ("x".join(map(str, shape[:0:-1])) for shape in (image.shape, images.shape[1:]))
+            raise InputError(f"{file}: {found} pixels, the first image has {first}; give a data.size for all")
+        images[number] = image
+    assert images is not None  # ImageFolder raises where there is no image
+    return Labelled(images, torch.tensor(data.targets), tuple(data.classes))
+
+
+SOURCES: dict[str, Callable[[Path, bool, bool, int | None], Labelled]] = {
+    "cifar10": load_cifar10,
+    "mnist": load_mnist,
+    "folder": load_folder,
+}
+"""Name -> ``(root, train or test, download, size) -> images``."""
+
+
+class InMemory(Dataset[Batch]):
+    """A whole data set as one tensor; an item is a batch."""
+
+    def __init__(self, data: Labelled, chosen: Tensor) -> None:
+        self.images, self.labels, self.ids = data.images[chosen], data.labels[chosen], chosen
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        images = self.images[draw.indices]
+        if draw.flips is not None:
+            images = torch.where(draw.flips[:, None, None, None], images.flip(3), images)
+        if draw.shifts is not None:
+            images = shifted(images, draw.shifts)
+        return images, self.labels[draw.indices], self.ids[draw.indices]
+
+
+def shifted(images: Tensor, shifts: Tensor) -> Tensor:
+    """Moves each image by ``shifts`` (B, 2) rows and columns; what comes in from outside is 0."""
+    n, channels, height, width = images.shape
+    reach = int(shifts.abs().max())
+    padded = torch.nn.functional.pad(images, [reach] * 4)
+    rows = torch.arange(height) + reach - shifts[:, :1]
+    columns = torch.arange(width) + reach - shifts[:, 1:]
+    image, channel = torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class TrainBatches(Sampler[Draw]):
+    """One process's batches of a shuffled epoch; order and augmentation depend on (seed, epoch) alone.
+
+    Args:
+        size: number of images.
+        batch_size: images per batch.
+        seed: any integer from 0.
+        flip: mirror half of the images.
+        shift: move each image by up to this many pixels.
+        rank: number of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        shift: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.flip, self.shift = size, batch_size, seed, flip, shift
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration yields; Lightning calls it before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // (self.world_size * self.batch_size))
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = epoch_order(self.size, self.seed, self.epoch, self.rank, self.world_size)
+        random = np.random.default_rng((self.seed, self.epoch, 1))
+        flips = torch.from_numpy(random.random(self.size) < 0.5)
+        shifts = torch.from_numpy(random.integers(-self.shift, self.shift + 1, (self.size, 2)))
+        for indices in torch.from_numpy(order).split(self.batch_size):
+            yield Draw(
+                indices,
+                flips[indices] if self.flip else None,
+                shifts[indices] if self.shift else None,
+            )
+
+
+class AllBatches(Sampler[Draw]):
+    """The batches of :class:`ValBatches`: every image exactly once over all processes."""
+
+    def __init__(self, batches: ValBatches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Draw]:
+        for batch in self.batches:
+            yield Draw(torch.tensor(batch, dtype=torch.int64))
+
+
+class ClassificationDataModule(LightningDataModule):
+    """Small labelled images, held in memory.
+
+    Args:
+        root: Folder of the data set.
+        source: ``cifar10`` or ``mnist`` in the files of their authors, or ``folder``:
+            ``root/train/CLASS/*`` and ``root/test/CLASS/*``.
+        download: Fetch ``cifar10`` or ``mnist`` where they are not there yet.
+        size: For ``folder``: pixels per side that images are resized to; null if all have the same size.
+        batch_size: Images per batch and process.
+        flip: Mirror half of the training images.
+        shift: Move each training image by up to this many pixels.
+        train_subset: Number of training images, drawn with ``subset_seed``; null for all.
+        val_subset: Number of test images, drawn with ``subset_seed``; null for all.
+        subset_seed: Seed of the subsets alone, so that runs with other seeds see the same images.
+        seed: Seed of the order of training images and of their augmentation.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        source: Literal["cifar10", "mnist", "folder"] = "folder",
+        download: bool = False,
+        size: int | None = None,
+        batch_size: int = 256,
+        flip: bool = False,
+        shift: int = 0,
+        train_subset: int | None = None,
+        val_subset: int | None = None,
+        subset_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if source not in SOURCES:
+            raise InputError(f"data.source: got {source!r}, give one of {', '.join(SOURCES)}")
+        least = {"size": 1, "batch_size": 1, "shift": 0, "train_subset": 1, "val_subset": 1}
+        given = {
+            "size": size,
+            "batch_size": batch_size,
+            "shift": shift,
+            "subset_seed": subset_seed,
+            "seed": seed,
+        }
+        for name, value in (given | {"train_subset": train_subset, "val_subset": val_subset}).items():
+            if value is not None and value < least.get(name, 0):
+                raise InputError(f"data.{name}: got {value}, give {least.get(name, 0)} or more")
+        self.root, self.source, self.download, self.size = Path(root), source, download, size
+        self.batch_size, self.flip, self.shift, self.seed = batch_size, flip, shift, seed
+        self.train_subset, self.val_subset, self.subset_seed = train_subset, val_subset, subset_seed
+
+    @cached_property
+    def train_images(self) -> Labelled:
+        """All training images, read when first asked for."""
+        return self._load(train=True)
+
+    @cached_property
+    def val_images(self) -> Labelled:
+        """All test images, read when first asked for."""
+        return self._load(train=False)
+
+    @cached_property
+    def train_dataset(self) -> InMemory:
+        """The chosen training images."""
+        return self._choose(self.train_images, self.train_subset, "train_subset")
+
+    @cached_property
+    def val_dataset(self) -> InMemory:
+        """The chosen test images."""
+        return self._choose(self.val_images, self.val_subset, "val_subset")
+
+    def _load(self, train: bool) -> Labelled:
+        try:
+            return SOURCES[self.source](self.root, train, self.download, self.size)
+        except (RuntimeError, FileNotFoundError) as error:  # torchvision's words for missing or altered files
+            reason = " ".join(str(error).split())[:200]
+            hint = (
+                "check data.root" if self.source == "folder" else "check data.root, or set data.download=true"
+            )
+            raise InputError(f"{self.root}: no {self.source} data set: {reason}; {hint}") from None
+
+    def _choose(self, data: Labelled, subset: int | None, name: str) -> InMemory:
+        size = len(data.labels)
+        if subset is None:
+            return InMemory(data, torch.arange(size))
+        if subset > size:
+            raise InputError(f"data.{name}: got {subset}, the data set has {size} images; give 1 to {size}")
+        order = torch.from_numpy(np.random.default_rng(self.subset_seed).permutation(size))
+        return InMemory(data, order[:subset].sort().values)
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """One ``{"label", "id", "name"}`` per class; plain, so that it can travel in a checkpoint."""
+        return [{"label": n, "id": n, "name": name} for n, name in enumerate(self.train_images.names)]
+
+    def data_hash(self) -> str:
+        """Returns a SHA-256 of the chosen images and labels; equal means the same data."""
+        digest = hashlib.sha256()
+        for dataset in (self.train_dataset, self.val_dataset):
+            for tensor in (dataset.images, dataset.labels):
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def validation_arguments(self) -> dict[str, Any]:
+        """Returns this class's arguments that give the same test images; plain, for a checkpoint."""
+        names = ("source", "size", "batch_size", "val_subset", "subset_seed")
+        return {"root": str(self.root)} | {name: getattr(self, name) for name in names}
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs: for ``fit`` both parts, which must have the same classes."""
+        if stage == "fit" and self.train_images.names != self.val_images.names:
+            raise InputError(f"{self.root}: train and test have other classes; give both the same folders")
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Cuts shuffled, augmented batches."""
+        size, place = len(self.train_dataset), self._place()
+        batches = TrainBatches(size, self.batch_size, self.seed, self.flip, self.shift, *place)
+        return self._loader(self.train_dataset, batches)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Cuts every test image once over all processes, whose last batch can be empty."""
+        batches = ValBatches(len(self.val_dataset), self.batch_size, *self._place())
+        return self._loader(self.val_dataset, AllBatches(batches))
+
+    def _loader(self, dataset: InMemory, batches: Sampler[Draw]) -> DataLoader[Batch]:
+        return DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=tuple)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

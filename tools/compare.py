@@ -13,15 +13,17 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from dropblock_det.comparison.gather import gather
 from dropblock_det.comparison.runner import Run, Runner, epochs_done, make_plan, record_plan
-from dropblock_det.errors import InputError, disk_errors, run_tool
+from dropblock_det.errors import InputError, disk_errors, printable, run_tool
 from dropblock_det.report.page import write_report
-from dropblock_det.report.statistics import FIGURES
-from dropblock_det.report.words import cell
-from dropblock_det.runs.record_v1 import Record, read_comparison, run_folder
+from dropblock_det.report.words import number
+from dropblock_det.runs.record import read_record
+from dropblock_det.runs.record_v1 import Record, run_folder
 
 ROOT = Path(__file__).parents[1]
 TRAINING = [sys.executable, str(ROOT / "tools/train.py")]
@@ -88,10 +90,10 @@ def run(options: argparse.Namespace) -> None:
     chosen = [Run(s, seed) for seed in plan.seeds for s in plan.settings if options.only in (None, s)]
 
     def told(run: Run, record: Record) -> None:
-        figures = "  ".join(
-            f"{n} {cell(n, FIGURES[n].of(record))}" for n in ("loss", "val_loss", "mAP", "AP50")
-        )
-        said = f"[green]finished[/] {run}  {figures}" if record.finished else f"[red]failed[/] {run}"
+        kept = read_record(run_folder(root, run.setting, run.seed))
+        last = kept.epochs[-1] if kept and kept.epochs else {}
+        values = "  ".join(f"{m.name} {number(m, last.get(m.name))}" for m in (kept.metrics if kept else ()))
+        said = f"[green]finished[/] {run}  {values}" if record.finished else f"[red]failed[/] {run}"
         progress.console.print(said, highlight=False)
         if record.reason:
             progress.console.print(f"  {record.reason}", markup=False, highlight=False)
@@ -117,23 +119,24 @@ def run(options: argparse.Namespace) -> None:
             runner.work(tick)
         tick()
     report(root, root / "report")
-    if {Run(absent.setting, absent.seed) for absent in read_comparison(root).absent} & {*chosen}:
+    if {Run(absent.setting, absent.seed) for absent in gather(root).absent} & {*chosen}:
         sys.exit(1)
 
 
 def report(runs: Path, output: Path) -> None:
     with disk_errors(output):
         result = write_report(runs, output)
-    names = ("loss", "val_loss", "mAP", "AP50")  # four fit a terminal; the report has all
-    table = Table(Column("setting", no_wrap=True), "seeds", *names)
-    for row in result.rows:
-        figures = (cell(name, row.figures[name].mean, row.figures[name].sd) for name in names)
-        table.add_row(row.setting, str(len(row.finished)), *figures)
+    names = result.leading[:4]  # more don't fit a terminal; the report has all
+    metrics = [result.columns[name].metric for name in names]
+    table = Table(Column("setting", no_wrap=True), "seeds", *(escape(metric.title) for metric in metrics))
+    for row in result.results:
+        cells = (number(m, row.cells[m.name].mean, row.cells[m.name].sd) for m in metrics)
+        table.add_row(escape(printable(row.setting)), str(len(row.finished)), *cells)
     console.print(table)
-    for name in ("val_loss", "mAP"):
+    for name in names[:2]:
         console.print(result.answers[name], markup=False, highlight=False)
     for absent in result.absent:
-        line = f"{absent.status}: {absent.setting} seed {absent.seed}: {absent.reason}"
+        line = printable(f"{absent.status}: {absent.setting} seed {absent.seed}: {absent.reason}")
         console.print(line, markup=False, highlight=False, style="red")
     console.print(f"report  {output / 'report.html'}", soft_wrap=True)
 

@@ -1,184 +1,184 @@
 """The report as one HTML page that needs nothing else: no server, no network, no fonts, no libraries."""
 
 import base64
-import html
-import json
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
+from dropblock_det.comparison.gather import REFERENCE, Comparison, gather
 from dropblock_det.files import write_figure, write_json, write_text
+from dropblock_det.report.columns import BEST_GAP, GAP, LOSS, VAL_LOSS
 from dropblock_det.report.figure import report_figure
-from dropblock_det.report.statistics import FIGURES, Row
+from dropblock_det.report.results import SettingResult
 from dropblock_det.report.tables import Report, build_report, to_csv, to_markdown
-from dropblock_det.report.words import cell, interval, verdict
-from dropblock_det.runs.record_v1 import REFERENCE, Comparison, read_comparison
+from dropblock_det.report.words import interval, number, verdict
+
+SCRIPTS = ("base", "answer", "curves", "gaps", "samples", "start")
 
 
-def write_report(root: Path, output: Path) -> Report:
+def write_report(root: Path, output: Path, last: int = 1) -> Report:
     """Rebuilds the report of the comparison in ``root`` from its records alone.
 
     Writes ``report.html``, ``report.md``, ``report.png`` (for a README), ``report.csv`` (the unrounded table)
     and ``report.json`` (the table and every epoch of every run).
 
+    Args:
+        root: the comparison's folder.
+        output: the folder to write to.
+        last: how many of the last epochs are averaged.
+
     Raises:
         InputError: ``root`` is not a comparison's folder, or a record is damaged.
     """
-    runs = read_comparison(root)
-    report = build_report(runs)
-    write_text(output / "report.html", render_page(runs, report))
+    comparison = gather(root)
+    report = build_report(comparison, last)
+    write_text(output / "report.html", render_page(comparison, report))
     write_text(output / "report.md", to_markdown(report) + "\n![curves and differences](report.png)\n")
-    write_figure(output / "report.png", report_figure(runs, report))
+    write_figure(output / "report.png", report_figure(comparison, report))
     write_text(output / "report.csv", to_csv(report))
-    records = [record.to_dict() | {"detections": None} for record in runs.records]
+    records = [asdict(record) | {"samples": ()} for record in comparison.records]
     write_json(output / "report.json", report.to_dict() | {"records": records})
     return report
 
 
-def render_page(runs: Comparison, report: Report) -> str:
-    """Fills the template: the table and every word stand in the HTML, the drawings are made by its script.
+def render_page(comparison: Comparison, report: Report) -> str:
+    """Fills the template: the table and every word stand in the HTML, the drawings are made by its scripts.
 
     Args:
-        runs: what the curves and pictures are drawn from; thumbnails are read from ``runs.root/images``.
+        comparison: what the curves and samples are drawn from; thumbnails are in its folder ``images``.
         report: the table.
     """
-    page = resources.files("dropblock_det.report")
-    part = {name: (page / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    finished = len(runs.records)
-    total = len(runs.settings) * len(runs.seeds)
+    web = resources.files("dropblock_det.report") / "web"
+    own = {path.name: path.read_text(encoding="utf-8") for path in web.iterdir()}
+    # Everything else that the template prints is escaped, the data included: see tojson's own rules.
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    metrics = [column.metric for column in report.columns.values()]
+    return environment.from_string(own["page.html"]).render(
+        base=report.base,
+        report=report,
+        reference=REFERENCE,
+        total=len(comparison.settings) * len(comparison.seeds),
+        lead=_lead(comparison, report),
+        first_answer=next(iter(report.answers.values()), "No run is finished yet."),
+        last=report.last_epochs,
+        headings=[
+            ("setting", "name of the setting's file"),
+            ("seeds", "finished runs"),
+            *((metric.title, metric.meaning) for metric in metrics),
+        ],
+        cells=lambda result: _cells(report, result),
+        provenance=_provenance(comparison),
+        css=Markup(own["page.css"]),
+        js=Markup("\n".join(own[f"{name}.js"] for name in SCRIPTS)),
+        data=jinja2.utils.htmlsafe_json_dumps(
+            _data(comparison, report), separators=(",", ":"), allow_nan=False
+        ),
+    )
+
+
+def _lead(comparison: Comparison, report: Report) -> str:
+    seeds, settings = len(comparison.seeds), len(comparison.settings)
     lead = (
-        f"{len(runs.settings)} settings, {len(runs.seeds)} seed{'s' * (len(runs.seeds) != 1)}, "
-        f"{finished} of {total} runs finished."
+        f"{settings} settings, {seeds} seed{'s' * (seeds != 1)}, "
+        f"{len(comparison.records)} of {settings * seeds} runs finished."
     )
-    if runs.records and not any(note.startswith("Careful") for note in report.notes):
+    if comparison.records and not any(note.startswith("Careful") for note in report.notes):
         lead += " Same seed, same initial weights, same data order: only the regularizer differs."
-    absent = "".join(
-        f"<tr><td>{_e(a.setting)}</td><td>{a.seed}</td><td>{_e(a.status)}</td><td class='why'>"
-        f"{_e(a.reason)}</td></tr>\n"
-        for a in report.absent
-    )
-    return Template(part["html"]).substitute(
-        title=_e(report.base),
-        lead=_e(lead),
-        css=part["css"],
-        js=part["js"],
-        first_answer=_e(report.answers["val_loss"]),
-        absent_banner=(
-            f'<p class="banner">{len(report.absent)} of {total} runs have no result. '
-            '<a href="#absent">Which, and why</a></p>'
-            if absent
-            else ""
-        ),
-        absent_section=(
-            '<section id="absent"><h2>Runs without a result</h2><div class="scroll"><table>'
-            "<thead><tr><th>setting</th><th>seed</th><th>state</th><th class='why'>why</th></tr></thead>"
-            f"<tbody>{absent}</tbody></table></div></section>"
-            if absent
-            else ""
-        ),
-        table=_table(report),
-        notes="\n".join(f"<li>{_e(note)}</li>" for note in report.notes),
-        meanings="\n".join(f"<dt>{_e(f.title)}</dt><dd>{_e(f.meaning)}</dd>" for f in FIGURES.values()),
-        provenance=_provenance(runs),
-        data=_embed(_data(runs, report)),
-    )
+    return lead
 
 
-def _e(text: object) -> str:
-    return html.escape(str(text))
+def _cells(report: Report, result: SettingResult) -> list[dict[str, str]]:
+    """What the table shows of a setting."""
+    cells = []
+    for name, column in report.columns.items():
+        cell, metric = result.cells[name], column.metric
+        compared = result.setting != REFERENCE and metric.compared
+        words = verdict(metric, cell.difference) if compared else ""
+        cells.append(
+            {
+                "value": "" if cell.mean is None else repr(cell.mean),
+                "shown": number(metric, cell.mean, cell.sd if metric.compared else None),
+                "interval": interval(metric, cell.difference) if cell.difference else "",
+                "verdict": words,
+                "kind": "better" if ": better" in words else "worse" if ": worse" in words else "",
+            }
+        )
+    return cells
 
 
-def _embed(data: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _table(report: Report) -> str:
-    def heading(title: str, meaning: str) -> str:
-        return f'<th scope="col"><button type="button" title="{_e(meaning)}">{_e(title)}</button></th>'
-
-    def line(row: Row) -> str:
-        name = _e(row.setting)
-        cells = [
-            f'<td data-value="{name}"><i class="swatch" data-swatch="{name}"></i>{name}</td>',
-            f'<td data-value="{len(row.finished)}">{len(row.finished)}</td>',
-        ]
-        for key, figure in FIGURES.items():
-            summary = row.figures[key]
-            shown = _e(cell(key, summary.mean, summary.sd if figure.compared else None))
-            if row.setting != REFERENCE and figure.compared:
-                said = verdict(key, summary.difference)
-                kind = "better" if ": better" in said else "worse" if ": worse" in said else ""
-                text = f"{interval(key, summary.difference)}<br>{said}" if summary.difference else said
-                shown += f'<small class="{kind}">{text}</small>'
-            cells.append(
-                f'<td data-value="{"" if summary.mean is None else repr(summary.mean)}">{shown}</td>'
-            )
-        return f"<tr>{''.join(cells)}</tr>"
-
-    head = heading("setting", "name of the setting's file") + heading("seeds", "finished runs")
-    head += "".join(heading(figure.title, figure.meaning) for figure in FIGURES.values())
-    body = "\n".join(line(row) for row in report.rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-
-
-def _provenance(runs: Comparison) -> str:
-    def distinct(values: list[str]) -> str:
-        return "<br>".join(_e(v) for v in sorted(set(values))) or "-"
-
+def _provenance(comparison: Comparison) -> dict[str, list[str]]:
+    records = comparison.records
     items = {
-        "hardware": [", ".join(f"{k} {v}" for k, v in r.hardware.items()) for r in runs.records],
-        "versions": [", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in runs.records],
-        "data": [r.data_hash or "not recorded" for r in runs.records],
-        "seeds": [", ".join(map(str, runs.seeds))],
+        "hardware": [", ".join(f"{k} {v}" for k, v in record.hardware.items()) for record in records],
+        "versions": [", ".join(f"{k} {v}" for k, v in record.versions.items()) for record in records],
+        "data": [record.data_hash or "not recorded" for record in records],
+        "seeds": [", ".join(map(str, comparison.seeds))],
     }
-    return "\n".join(f"<dt>{name}</dt><dd>{distinct(values)}</dd>" for name, values in items.items())
+    return {name: sorted(set(values)) or ["-"] for name, values in items.items()}
 
 
-def _data(runs: Comparison, report: Report) -> dict[str, Any]:
+def _data(comparison: Comparison, report: Report) -> dict[str, Any]:
+    """What the scripts draw."""
     images: dict[str, dict[str, Any]] = {}
-    for record in runs.records:
-        for shown in record.detections:
-            key = str(shown["image_id"])
-            if key not in images:
-                images[key] = {
-                    "id": key,
-                    "width": shown["width"],
-                    "height": shown["height"],
-                    "ground_truth": shown["ground_truth"],
-                    "src": _thumbnail(runs, key),
-                }
     curves: dict[str, dict[str, Any]] = {}
-    detections: dict[str, dict[str, Any]] = {}
-    for record in runs.records:
-        curves.setdefault(record.setting, {})[str(record.seed)] = [asdict(epoch) for epoch in record.epochs]
-        detections.setdefault(record.setting, {})[str(record.seed)] = {
-            str(shown["image_id"]): [_rounded(d) for d in shown["detections"]] for shown in record.detections
+    predicted: dict[str, dict[str, Any]] = {}
+    metrics = [metric.name for metric in comparison.metrics]
+    for record in comparison.records:
+        seed = str(record.seed)
+        curves.setdefault(record.setting, {})[seed] = {
+            name: [(epoch, float(f"{value:.6g}")) for epoch, value in record.values(name)] for name in metrics
         }
+        predicted.setdefault(record.setting, {})[seed] = {
+            sample.id: [_rounded(asdict(mark)) for mark in sample.predicted] for sample in record.samples
+        }
+        for sample in record.samples:
+            if sample.id not in images:
+                images[sample.id] = asdict(sample) | {
+                    "predicted": None,
+                    "file": None,
+                    "src": _thumbnail(comparison, sample.id),
+                }
     return {
         "reference": REFERENCE,
-        "rows": [
-            asdict(row) | {"verdicts": {name: verdict(name, s.difference) for name, s in row.figures.items()}}
-            for row in report.rows
+        "headline": report.headline,
+        "last": report.last_epochs,
+        "metrics": metrics,
+        "losses": [name for name in (LOSS, VAL_LOSS) if name in report.columns],
+        "gaps": [name for name in (GAP, BEST_GAP) if name in report.columns],
+        "results": [
+            asdict(result)
+            | {
+                "verdicts": {
+                    n: verdict(report.columns[n].metric, c.difference) for n, c in result.cells.items()
+                }
+            }
+            for result in report.results
         ],
         "answers": report.answers,
-        "figures": {
-            name: {"title": f.title, "better": f.better, "digits": f.digits} for name, f in FIGURES.items()
+        "columns": {
+            name: asdict(column.metric) | {"epoch": column.epoch} for name, column in report.columns.items()
         },
         "curves": curves,
         "images": list(images.values()),
-        "detections": detections,
+        "predicted": predicted,
     }
 
 
-def _thumbnail(runs: Comparison, image_id: str) -> str | None:
-    path = runs.root / "images" / f"{image_id}.jpg"
-    return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode() if path.exists() else None
+def _thumbnail(comparison: Comparison, sample_id: str) -> str | None:
+    path = comparison.root / "images" / f"{sample_id}.jpg"
+    return (
+        "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
+    )
 
 
-def _rounded(detection: dict[str, Any]) -> dict[str, Any]:
+def _rounded(mark: dict[str, Any]) -> dict[str, Any]:
     """To what a thumbnail can show; it keeps the page small."""
-    box = [round(v, 1) for v in detection["bbox"]]
-    return {"bbox": box, "category": detection["category"], "score": round(detection["score"], 3)}
+    bbox, score = mark["bbox"], mark["score"]
+    return mark | {
+        "bbox": bbox and [round(v, 1) for v in bbox],
+        "score": None if score is None else round(score, 3),
+    }

@@ -3,110 +3,154 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from dropblock_det.report.statistics import FIGURES, Row, table_rows
-from dropblock_det.report.words import answer, cell, interval, notes, verdict
-from dropblock_det.runs.record_v1 import REFERENCE, Absent, Comparison
+from dropblock_det.comparison.gather import REFERENCE, Absent, Comparison
+from dropblock_det.report.columns import Column, columns
+from dropblock_det.report.results import SettingResult, setting_results
+from dropblock_det.report.words import answer, interval, markdown, notes, number, verdict
+from dropblock_det.tasks.metric import Metric
 
 
 @dataclass(frozen=True)
 class Report:
-    """The whole table, and what must be said with it."""
+    """The whole table, and what must be said with it.
+
+    Attributes:
+        base: the base config's name.
+        headline: the name of the column that answers first; empty while no run is finished.
+        seeds: in rising order.
+        columns: by name, in the order of the table.
+        results: a setting each, the reference first.
+        absent: the runs without a result.
+        answers: one honest sentence for each compared column, the headline's first.
+        notes: what must be said with the numbers.
+        last: the last epochs that are averaged.
+    """
 
     base: str
+    headline: str
     seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
+    columns: dict[str, Column]
+    results: tuple[SettingResult, ...]
     absent: tuple[Absent, ...]
-    answers: dict[str, str]  # figure -> one honest sentence
+    answers: dict[str, str]
     notes: tuple[str, ...]
+    last: int = 1
+
+    @property
+    def last_epochs(self) -> str:
+        """In words."""
+        return "last epoch" if self.last == 1 else f"last {self.last} epochs"
+
+    @property
+    def leading(self) -> list[str]:
+        """The columns that a terminal has room for: the headline, then the other judged metrics."""
+        judged = [n for n, c in self.columns.items() if c.epoch == "last" and c.metric.better is not None]
+        return sorted(judged, key=lambda name: name != self.headline)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return asdict(self)
+        return {
+            "base": self.base,
+            "headline": self.headline,
+            "seeds": self.seeds,
+            "columns": [column.metric for column in self.columns.values()],
+            "results": self.results,
+            "absent": self.absent,
+            "answers": self.answers,
+            "notes": self.notes,
+        }
 
 
-def build_report(runs: Comparison) -> Report:
-    """Everything that the page, the Markdown, the CSV and the JSON show."""
-    rows = table_rows(runs)
-    answers = {name: answer(name, rows) for name, figure in FIGURES.items() if figure.compared}
-    return Report(runs.base, runs.seeds, rows, runs.absent, answers, tuple(notes(runs)))
+def build_report(comparison: Comparison, last: int = 1) -> Report:
+    """Everything that the page, the Markdown, the CSV and the JSON show.
+
+    Args:
+        comparison: the records.
+        last: the last epochs that are averaged.
+    """
+    found = columns(comparison.metrics, last)
+    results = setting_results(comparison, found)
+    compared = [name for name, column in found.items() if column.metric.compared]
+    compared.sort(key=lambda name: (name != comparison.headline, found[name].epoch != "last"))
+    return Report(
+        comparison.base,
+        comparison.headline,
+        comparison.seeds,
+        found,
+        results,
+        comparison.absent,
+        {name: answer(found[name].metric, results) for name in compared},
+        tuple(notes(comparison, found)),
+        last,
+    )
 
 
 def to_markdown(report: Report) -> str:
     """The report for a README or a terminal."""
-    compared = [name for name, figure in FIGURES.items() if figure.compared]
+    metrics = [column.metric for column in report.columns.values()]
+    compared = [metric for metric in metrics if metric.compared]
 
-    def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-        return [
-            "| " + " | ".join(line) + " |"
-            for line in (
-                header,
-                ["---"] * len(header),
-                *[[c.replace("|", "\\|") for c in line] for line in lines],
-            )
-        ]
+    def difference(result: SettingResult, metric: Metric) -> str:
+        found = result.cells[metric.name].difference
+        said = verdict(metric, found)
+        return f"{interval(metric, found)} {said}" if found else said
 
-    text = [
-        f"# Did it help? {report.base}",
-        "",
-        *[f"- {report.answers[n]}" for n in ("val_loss", "mAP", "AP50", "AP75")],
-        "",
-    ]
-    text += ["## Mean ± standard deviation over seeds", ""]
-    text += table(
-        ["setting", "seeds", *(figure.title for figure in FIGURES.values())],
+    lines = [f"# Did it help? {markdown(report.base)}", ""]
+    lines += [f"- {markdown(report.answers[name])}" for name in report.leading]
+    lines += ["", "## Mean ± standard deviation over seeds", ""]
+    lines += _table(
+        ["setting", "seeds", *(metric.title for metric in metrics)],
         [
             [
-                row.setting,
-                str(len(row.finished)),
+                result.setting,
+                str(len(result.finished)),
                 *(
-                    cell(n, row.figures[n].mean, row.figures[n].sd if FIGURES[n].compared else None)
-                    for n in FIGURES
+                    number(m, (cell := result.cells[m.name]).mean, cell.sd if m.compared else None)
+                    for m in metrics
                 ),
             ]
-            for row in report.rows
+            for result in report.results
         ],
     )
-    text += ["", f"## Difference from {REFERENCE}, with its 95 % interval", ""]
-    text += table(
-        ["setting", *(FIGURES[n].title for n in compared)],
+    lines += ["", f"## Difference from {REFERENCE}, with its 95 % interval", ""]
+    lines += _table(
+        ["setting", *(metric.title for metric in compared)],
         [
-            [
-                row.setting,
-                *(
-                    f"{interval(n, d)} {verdict(n, d)}" if (d := row.figures[n].difference) else verdict(n, d)
-                    for n in compared
-                ),
-            ]
-            for row in report.rows
-            if row.setting != REFERENCE
+            [result.setting, *(difference(result, metric) for metric in compared)]
+            for result in report.results
+            if result.setting != REFERENCE
         ],
     )
     if report.absent:
-        text += ["", "## Runs without a result", ""]
-        text += table(
-            ["setting", "seed", "", "why"],
-            [[a.setting, str(a.seed), a.status, a.reason] for a in report.absent],
-        )
-    text += ["", "## How to read it", "", *[f"- {note}" for note in report.notes]]
-    text += ["", *[f"- **{f.title}**: {f.meaning}" for f in FIGURES.values()], ""]
-    return "\n".join(text)
+        lines += ["", "## Runs without a result", ""]
+        rows = [[absent.setting, str(absent.seed), absent.status, absent.reason] for absent in report.absent]
+        lines += _table(["setting", "seed", "", "why"], rows)
+    lines += ["", "## How to read it", "", *(f"- {markdown(note)}" for note in report.notes)]
+    lines += ["", *(f"- **{markdown(metric.title)}**: {markdown(metric.meaning)}" for metric in metrics), ""]
+    return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    escaped = [[markdown(text) for text in row] for row in (header, *rows)]
+    return ["| " + " | ".join(row) + " |" for row in (escaped[0], ["---"] * len(header), *escaped[1:])]
 
 
 def to_csv(report: Report) -> str:
-    """One line per setting and figure, unrounded, for a spreadsheet or a plotting script."""
+    """One line per setting and column, unrounded, for a spreadsheet or a plotting script."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = ["seeds", "mean", "sd", "pairs", "difference", "low", "high", "verdict", "shown_jointly"]
-    writer.writerow(["setting", "figure", *columns])
-    for row in report.rows:
-        for name, summary in row.figures.items():
-            line: list[Any] = [row.setting, name, len(summary.values), summary.mean, summary.sd]
-            if (d := summary.difference) is None:
+    header = ["seeds", "mean", "sd", "pairs", "difference", "low", "high", "verdict", "shown_jointly"]
+    writer.writerow(["setting", "column", *header])
+    for result in report.results:
+        for name, cell in result.cells.items():
+            line: list[Any] = [result.setting, name, len(cell.values), cell.mean, cell.sd]
+            if (d := cell.difference) is None:
                 line += [None] * 6
             else:
-                line += [d.seeds, d.mean, d.low, d.high, verdict(name, d), d.shown_jointly]
+                said = verdict(report.columns[name].metric, d)
+                line += [d.seeds, d.mean, d.low, d.high, said, d.shown_jointly]
             writer.writerow(line)
     return out.getvalue()

@@ -16,6 +16,7 @@ class Metric:
         scale: what it is multiplied with before.
         meaning: half a sentence for somebody who meets it for the first time.
         compared: whether a report compares the settings in it.
+        little: a model that does not exceed it has learned next to nothing, so comparing such models is idle.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Metric:
     scale: float = 1.0
     meaning: str = ""
     compared: bool = True
+    little: float | None = None
 
 
 LOSSES = (

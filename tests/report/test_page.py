@@ -1,0 +1,153 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from support.label_runs import label_runs
+from support.synthetic_runs import invented_runs
+
+from dropblock_det.comparison.gather import Absent, gather
+from dropblock_det.report.page import render_page
+from dropblock_det.report.tables import build_report
+
+
+def report_of(folder):
+    comparison = gather(folder)
+    return comparison, build_report(comparison)
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.outside = []
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        self.outside += [
+            v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("#", "data:"))
+        ]
+        if tag not in ("meta", "input", "br", "link", "img", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("runs", [invented_runs, label_runs])
+def test_the_page_is_whole_and_needs_nothing_else(tmp_path, runs):
+    runs, report = report_of(runs(tmp_path))
+    page = render_page(runs, report)
+    links = Links()
+    links.feed(page)
+    assert links.outside == []
+    assert links.open == []
+    assert not re.search(r"@import|url\(|fetch\(|https?://(?!www\.w3\.org/2000/svg)", page)
+    assert page.count("data:image/jpeg;base64,") == 4  # each picture once, whatever the number of settings
+    assert len(page) < 2_000_000
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    comparison = gather(invented_runs(tmp_path, settings=("none", "a"), seeds=(0, 1)))
+    first = comparison.records[0]
+    sample = replace(first.samples[0], predicted=(replace(first.samples[0].predicted[0], category=evil),))
+    record = replace(first, setting=evil, samples=(sample,), hardware={"device": evil})
+    comparison = replace(
+        comparison,
+        base=evil,
+        settings=(*comparison.settings, evil),
+        records=(*comparison.records, record),
+        absent=(Absent(evil, 3, "failed", evil),),
+    )
+    page = render_page(comparison, build_report(comparison))
+    assert "<script>alert" not in page
+    assert page.count("</script>") == 2
+
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--virtual-time-budget=3000", "--window-size=500,900", "--dump-dom"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])
+def test_the_page_works_in_a_browser(tmp_path, seeds):
+    """Clicks everything in a headless Chromium and reads the page back."""
+    runs, report = report_of(invented_runs(tmp_path, seeds=seeds, effects={"dropblock_bs7_kp0.9": 0.05}))
+    clicks = """
+    <script>
+    const seen = { errors };
+    const click = q => document.querySelector(q).click();
+    const column = i => [...document.querySelectorAll("#table tbody tr")].map(r => r.cells[i].dataset.value);
+    seen.forest = document.querySelectorAll("#forest circle").length;
+    document.querySelectorAll("#table thead button")[4].click();
+    seen.up = column(4).map(Number);
+    document.querySelectorAll("#table thead button")[4].click();
+    seen.down = column(4).map(Number);
+    for (const b of document.querySelectorAll('[data-group="answer"] button')) { b.click(); }
+    seen.answer = document.getElementById("answer-text").textContent;
+    seen.paths = document.querySelectorAll("#curve-charts path.line").length;
+    document.querySelector('[data-group="settings"] button').click();
+    seen.fewer = document.querySelectorAll("#curve-charts path.line").length;
+    const kinds = '[data-group="layout"] button, [data-group="ap"] button';
+    for (const b of document.querySelectorAll(kinds)) b.click();
+    seen.panels = document.querySelectorAll("#curve-charts > div").length;
+    seen.bars = document.querySelectorAll("#gap-chart rect").length;
+    seen.cards = document.querySelectorAll("#cards figure").length;
+    const boxes = () => document.querySelectorAll("#cards rect").length;
+    const slider = document.getElementById("score");
+    const slide = value => { slider.value = value; slider.dispatchEvent(new Event("input")); };
+    slide(.05); seen.manyBoxes = boxes();
+    slide(.95); seen.found = document.getElementById("cards").textContent;
+    document.querySelectorAll(".thumbs button")[3].click(); seen.fourth = boxes();
+    click("#theme"); seen.theme = document.documentElement.dataset.theme;
+    seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+    const said = document.createElement("pre");
+    said.id = "seen"; said.textContent = JSON.stringify(seen);
+    document.body.replaceChildren(said);
+    </script></body>"""
+    page = render_page(runs, report).replace(
+        "<head>",
+        "<head><script>const errors = []; addEventListener('error', e => errors.push(e.message));</script>",
+    )
+    (tmp_path / "page.html").write_text(page.replace("</body>", clicks))
+    dom = subprocess.run(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=os.environ | {"HOME": str(tmp_path)},
+    ).stdout
+    seen = json.loads(
+        re.search(r'<pre id="seen">(.*?)</pre>', dom, re.S)
+        .group(1)
+        .replace("&lt;", "<")
+        .replace("&amp;", "&")
+    )
+    assert seen["errors"] == []
+    assert seen["forest"] == 6
+    assert seen["up"] == sorted(seen["up"])
+    assert seen["down"] == sorted(seen["down"], reverse=True)
+    assert seen["up"] != seen["down"]
+    assert seen["answer"] == report.answers["final_gap"]
+    assert (seen["paths"], seen["fewer"], seen["panels"]) == (3 * 7, 3 * 6, 6)
+    assert seen["bars"] == 12  # two for each setting that is not hidden
+    assert seen["cards"] == 8
+    assert seen["manyBoxes"] > 0
+    assert "0 of 2 found, 0 wrong" in seen["found"]
+    assert "1 wrong" not in seen["found"]
+    assert seen["fourth"] > 0
+    assert seen["theme"] in ("dark", "light")
+    assert seen["wide"] <= 0  # nothing pushes the page sideways on a narrow screen

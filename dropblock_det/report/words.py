@@ -137,8 +137,8 @@ def _learned_little(comparison: Comparison, columns: Mapping[str, Column]) -> li
         values = [value for record in comparison.records if (value := best(record)) is not None]
         if values and metric.little is not None and max(values) < metric.little:
             lines.append(
-                f"No run reached {printable(metric.title)} {metric.little}: these models have learned next to nothing "
-                "yet, and what a regularizer changes in them says nothing about trained ones."
+                f"No run reached {printable(metric.title)} {metric.little}: these models learned next to "
+                "nothing yet, and what a regularizer changes in them says nothing about trained ones."
             )
     return lines
 

@@ -9,7 +9,9 @@ METRICS = (*LOSSES, Metric("quality", "quality", "higher"))
 
 def record_of(*epochs):
     names = ("loss", "val_loss", "quality", "wall_s")
-    numbered = tuple({"epoch": n, "step": n + 1} | dict(zip(names, e, strict=True)) for n, e in enumerate(epochs))
+    numbered = tuple(
+        {"epoch": n, "step": n + 1} | dict(zip(names, e, strict=True)) for n, e in enumerate(epochs)
+    )
     return Record("any", METRICS, "quality", "finished", epochs=numbered, peak_memory_bytes=2**30)
 
 

@@ -1,3 +1,4 @@
+import html
 import json
 import os
 import re
@@ -79,49 +80,48 @@ FLAGS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])
-def test_the_page_works_in_a_browser(tmp_path, seeds):
-    """Clicks everything in a headless Chromium and reads the page back."""
-    runs, report = report_of(invented_runs(tmp_path, seeds=seeds, effects={"dropblock_bs7_kp0.9": 0.05}))
-    clicks = """
+IN_A_BROWSER = """
     <script>
     const seen = { errors };
-    const click = q => document.querySelector(q).click();
-    const column = i => [...document.querySelectorAll("#table tbody tr")].map(r => r.cells[i].dataset.value);
-    seen.forest = document.querySelectorAll("#forest circle").length;
-    document.querySelectorAll("#table thead button")[4].click();
+    const all = query => [...document.querySelectorAll(query)];
+    const column = i => all("#table tbody tr").map(row => row.cells[i].dataset.value);
+    const click = query => { for (const button of all(query)) button.click(); };
+    seen.forest = all("#forest circle").length;
+    all("#table thead button")[4].click();
     seen.up = column(4).map(Number);
-    document.querySelectorAll("#table thead button")[4].click();
+    all("#table thead button")[4].click();
     seen.down = column(4).map(Number);
-    for (const b of document.querySelectorAll('[data-group="answer"] button')) { b.click(); }
-    seen.answer = document.getElementById("answer-text").textContent;
-    seen.paths = document.querySelectorAll("#curve-charts path.line").length;
-    document.querySelector('[data-group="settings"] button').click();
-    seen.fewer = document.querySelectorAll("#curve-charts path.line").length;
-    const kinds = '[data-group="layout"] button, [data-group="ap"] button';
-    for (const b of document.querySelectorAll(kinds)) b.click();
-    seen.panels = document.querySelectorAll("#curve-charts > div").length;
-    seen.bars = document.querySelectorAll("#gap-chart rect").length;
-    seen.cards = document.querySelectorAll("#cards figure").length;
-    const boxes = () => document.querySelectorAll("#cards rect").length;
+    click('[data-group="metric"] button');
+    seen.last = document.getElementById("answer-text").textContent;
+    click('[data-group="epoch"] button');
+    seen.best = document.getElementById("answer-text").textContent;
+    seen.paths = all("#curve-charts path.line").length;
+    all('[data-group="settings"] button')[0].click();
+    seen.fewer = all("#curve-charts path.line").length;
+    click('[data-group="layout"] button, [data-group="curve"] button');
+    seen.panels = all("#curve-charts > div").length;
+    seen.bars = all("#gap-chart rect").length;
+    seen.cards = all("#cards figure").length;
+    const boxes = () => all("#cards rect").length;
     const slider = document.getElementById("score");
     const slide = value => { slider.value = value; slider.dispatchEvent(new Event("input")); };
     slide(.05); seen.manyBoxes = boxes();
     slide(.95); seen.found = document.getElementById("cards").textContent;
-    document.querySelectorAll(".thumbs button")[3].click(); seen.fourth = boxes();
+    all(".thumbs button")[3].click(); seen.fourth = boxes();
+    seen.kinds = all("[data-kind]").filter(node => node.offsetParent).map(node => node.dataset.kind);
     click("#theme"); seen.theme = document.documentElement.dataset.theme;
     seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-    const said = document.createElement("pre");
-    said.id = "seen"; said.textContent = JSON.stringify(seen);
-    document.body.replaceChildren(said);
+    const result = document.createElement("pre");
+    result.id = "seen"; result.textContent = JSON.stringify(seen);
+    document.body.replaceChildren(result);
     </script></body>"""
-    page = render_page(runs, report).replace(
-        "<head>",
-        "<head><script>const errors = []; addEventListener('error', e => errors.push(e.message));</script>",
-    )
-    (tmp_path / "page.html").write_text(page.replace("</body>", clicks))
+
+
+def clicked(tmp_path, page):
+    """Clicks everything in a headless Chromium and reads the page back."""
+    errors = "<script>const errors = []; addEventListener('error', e => errors.push(e.message));</script>"
+    page = page.replace("<head>", "<head>" + errors)
+    (tmp_path / "page.html").write_text(page.replace("</body>", IN_A_BROWSER))
     dom = subprocess.run(
         [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"],
         capture_output=True,
@@ -130,18 +130,21 @@ def test_the_page_works_in_a_browser(tmp_path, seeds):
         check=True,
         env=os.environ | {"HOME": str(tmp_path)},
     ).stdout
-    seen = json.loads(
-        re.search(r'<pre id="seen">(.*?)</pre>', dom, re.S)
-        .group(1)
-        .replace("&lt;", "<")
-        .replace("&amp;", "&")
-    )
+    return json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom, re.S).group(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])
+def test_the_page_works_in_a_browser(tmp_path, seeds):
+    runs, report = report_of(invented_runs(tmp_path, seeds=seeds, effects={"dropblock_bs7_kp0.9": 0.05}))
+    seen = clicked(tmp_path, render_page(runs, report))
     assert seen["errors"] == []
     assert seen["forest"] == 6
     assert seen["up"] == sorted(seen["up"])
     assert seen["down"] == sorted(seen["down"], reverse=True)
     assert seen["up"] != seen["down"]
-    assert seen["answer"] == report.answers["final_gap"]
+    assert (seen["last"], seen["best"]) == (report.answers["gap"], report.answers["best_gap"])
     assert (seen["paths"], seen["fewer"], seen["panels"]) == (3 * 7, 3 * 6, 6)
     assert seen["bars"] == 12  # two for each setting that is not hidden
     assert seen["cards"] == 8
@@ -149,5 +152,19 @@ def test_the_page_works_in_a_browser(tmp_path, seeds):
     assert "0 of 2 found, 0 wrong" in seen["found"]
     assert "1 wrong" not in seen["found"]
     assert seen["fourth"] > 0
+    assert set(seen["kinds"]) == {"boxes"}
     assert seen["theme"] in ("dark", "light")
     assert seen["wide"] <= 0  # nothing pushes the page sideways on a narrow screen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_page_of_another_task_works_in_a_browser(tmp_path):
+    runs, report = report_of(label_runs(tmp_path))
+    seen = clicked(tmp_path, render_page(runs, report))
+    assert seen["errors"] == []
+    assert seen["forest"] == 2
+    assert (seen["paths"], seen["cards"], seen["manyBoxes"]) == (3 * 3, 4, 0)
+    assert "✓ disc 0.80" in seen["found"]
+    assert seen["kinds"] == ["label"]
+    assert seen["wide"] <= 0

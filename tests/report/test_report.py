@@ -121,7 +121,9 @@ def test_a_reference_that_does_not_overfit_is_said(tmp_path):
     comparison, _ = report_of(tmp_path, settings=("none", "dropout"))
 
     def improving(record):
-        return replace(record, epochs=tuple(epoch | {"val_loss": 9 - epoch["epoch"]} for epoch in record.epochs))
+        return replace(
+            record, epochs=tuple(epoch | {"val_loss": 9 - epoch["epoch"]} for epoch in record.epochs)
+        )
 
     notes = build_report(replace(comparison, records=tuple(map(improving, comparison.records)))).notes
     assert any("still improving at its last epoch in 3 of 3" in note for note in notes)
@@ -165,7 +167,9 @@ def test_another_task_brings_its_own_columns(tmp_path):
     assert [*report.columns][:4] == ["loss", "val_loss", "accuracy", "gap"]
     assert report.leading == ["accuracy", "val_loss"]
     text = to_markdown(report)
-    assert "- accuracy, %: higher than none (better): dropout\\_0.25 +" not in text  # only what needs it is escaped
+    assert (
+        "- accuracy, %: higher than none (better): dropout\\_0.25 +" not in text
+    )  # only what needs it is escaped
     assert "- accuracy, %: higher than none (better): dropout_0.25 +10." in text
     assert "mAP" not in text + render_page(comparison, report)
 

@@ -33,10 +33,13 @@ def label_record(setting: str, seed: int, effect=0.0, epochs: int = 12) -> Recor
     def guesses(truth: str) -> tuple[Mark, ...]:
         first = truth if noise.random() < 0.7 else noise.choice(CLASSES)
         rest = [name for name in CLASSES if name != first]
-        return tuple(Mark(name, None, score) for name, score in zip([first, *rest], (0.8, 0.15, 0.05), strict=True))
+        return tuple(
+            Mark(name, None, score) for name, score in zip([first, *rest], (0.8, 0.15, 0.05), strict=True)
+        )
 
     samples = tuple(
-        Sample(f"{n:03d}", "label", 96, 96, (Mark(CLASSES[n % 3]),), guesses(CLASSES[n % 3])) for n in range(4)
+        Sample(f"{n:03d}", "label", 96, 96, (Mark(CLASSES[n % 3]),), guesses(CLASSES[n % 3]))
+        for n in range(4)
     )
     return Record(
         "classification",
@@ -58,7 +61,9 @@ def label_record(setting: str, seed: int, effect=0.0, epochs: int = 12) -> Recor
 def label_runs(root: Path, settings=SETTINGS, seeds=(0, 1, 2), effects=None) -> Path:
     for setting in settings:
         for seed in seeds:
-            write_record(root / setting / f"seed{seed}", label_record(setting, seed, (effects or {}).get(setting, 0)))
+            write_record(
+                root / setting / f"seed{seed}", label_record(setting, seed, (effects or {}).get(setting, 0))
+            )
     for n in range(4):
         picture = Image.new("RGB", (96, 96), (40 * n, 90, 120))
         draw = ImageDraw.Draw(picture)

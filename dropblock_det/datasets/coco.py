@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from msgspec import Meta
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_dtype
 
-from dropblock_det.datasets.annotations import MAX_ID, Annotations, load_annotations
+from dropblock_det.arguments import Count, Natural, Seed, checked_arguments
+from dropblock_det.datasets.annotations import Annotations, load_annotations
 from dropblock_det.datasets.augment import Augmentation, draw
 from dropblock_det.datasets.images import ImageCache, read_image
 from dropblock_det.datasets.sampling import TrainSampler, ValBatches
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
 Item = tuple[Tensor, dict[str, Any]]
+Workers = Annotated[int, Meta(ge=0, le=1024)]
 
 MIN_SIDE = 0.1  # pixels; smaller sides can vanish in float32 when the detector resizes
-MAX_SEED = 2**32 - 1  # as everywhere in torch and numpy
 FLIP = Augmentation()
 
 
@@ -148,12 +150,6 @@ def collate(items: list[Item]) -> tuple[list[Tensor], list[dict[str, Any]]]:
     return [image for image, _ in items], [target for _, target in items]
 
 
-def check_range(name: str, value: int, least: int, most: int) -> None:
-    """Raises an InputError unless the setting ``data.NAME`` is a whole number in the range."""
-    if not isinstance(value, int) or not least <= value <= most:
-        raise InputError(f"data.{name}: got {value}, give a whole number from {least} to {most}")
-
-
 class CocoDataModule(LightningDataModule):
     """Training and validation images from folders in COCO's layout.
 
@@ -183,23 +179,26 @@ class CocoDataModule(LightningDataModule):
         train_annotations: str = "annotations/instances_train2017.json",
         val_images: str = "val2017",
         val_annotations: str = "annotations/instances_val2017.json",
-        batch_size: int = 8,
-        num_workers: int = 2,
+        batch_size: Count = 8,
+        num_workers: Workers = 2,
         augmentation: Augmentation = FLIP,
-        train_subset: int | None = None,
-        val_subset: int | None = None,
-        subset_seed: int = 0,
-        seed: int = 0,
-        cache_mb: int = 0,
+        train_subset: Count | None = None,
+        val_subset: Count | None = None,
+        subset_seed: Seed = 0,
+        seed: Seed = 0,
+        cache_mb: Natural = 0,
     ) -> None:
         super().__init__()
-        check_range("batch_size", batch_size, 1, 2**20)
-        check_range("num_workers", num_workers, 0, 1024)
-        check_range("cache_mb", cache_mb, 0, 2**30)
-        for name, subset in (("train_subset", train_subset), ("val_subset", val_subset)):
-            check_range(name, 1 if subset is None else subset, 1, MAX_ID)
-        check_range("seed", seed, 0, MAX_SEED)
-        check_range("subset_seed", subset_seed, 0, MAX_SEED)
+        numbers = {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "train_subset": train_subset,
+            "val_subset": val_subset,
+            "subset_seed": subset_seed,
+            "seed": seed,
+            "cache_mb": cache_mb,
+        }
+        checked_arguments(CocoDataModule, numbers, "data.")
         self.root = Path(root)
         self.train_images, self.train_annotations = self.root / train_images, self.root / train_annotations
         self.val_images, self.val_annotations = self.root / val_images, self.root / val_annotations

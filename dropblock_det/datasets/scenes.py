@@ -1,20 +1,24 @@
 """The embedded default: generated scenes, written in COCO's format and read by the same loader."""
 
 import json
-import shutil
+import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 
+from dropblock_det.arguments import Count, Natural, Seed, checked_arguments
 from dropblock_det.datasets.augment import Augmentation
-from dropblock_det.datasets.coco import FLIP, CocoDataModule
-from dropblock_det.errors import InputError
+from dropblock_det.datasets.coco import FLIP, CocoDataModule, Workers
+from dropblock_det.errors import InputError, disk_errors
+from dropblock_det.files import read_json, write_json
 
 SIZE = 128  # pixels per side
-VERSION = 2  # of the drawing: folders of another version are written anew
+VERSION = 2  # of the drawing: part of the folder's name
+Size = Annotated[int, Meta(ge=1, le=1_000_000)]  # scenes; these take 18 GB
 MAX_OBJECTS = 6
 SIDES = (24, 30, 38, 48, 60, 76)  # pixels
 MIN_VISIBLE = 0.5  # share of an object that later ones leave visible
@@ -126,41 +130,30 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np
     return np.clip(pixels, 0, 255).astype(np.uint8), objects
 
 
-def write_scenes(root: Path, train_size: int, val_size: int, seed: int) -> None:
-    """Writes the scenes to ``root``, whole or not at all; does nothing where they already are.
+def write_scenes(folder: Path, train_size: int, val_size: int, seed: int) -> None:
+    """Writes the scenes to ``folder``, whole or not at all; does nothing where they already are.
 
     Raises:
-        InputError: ``root`` holds something else.
+        InputError: ``folder`` holds something else; it is never overwritten, as a run may be reading it.
     """
     manifest = {"scenes": VERSION, "train": train_size, "val": val_size, "seed": seed}
-    if _manifest(root) == manifest:
-        return
-    if root.exists() and _manifest(root) is None:
+    with disk_errors(folder):
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+                new = Path(temporary, "new")
+                for part, (name, size) in enumerate((("train", train_size), ("val", val_size))):
+                    _write_part(new, name, size, (seed, part), manifest)
+                write_json(new / "manifest.json", manifest)
+                try:
+                    new.rename(folder)
+                except OSError:
+                    if not folder.exists():  # else another process was faster
+                        raise
+    if not (folder / "manifest.json").is_file() or read_json(folder / "manifest.json") != manifest:
         raise InputError(
-            f"{root}: holds no generated scenes, and won't be overwritten; give another data.root"
+            f"{folder}: holds something else than these scenes; move it or give another data.root"
         )
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        for part, (name, size) in enumerate((("train", train_size), ("val", val_size))):
-            _write_part(new, name, size, (seed, part), manifest)
-        (new / "manifest.json").write_text(json.dumps(manifest))
-        if root.exists():
-            root.rename(old)
-        try:
-            new.rename(root)
-        except OSError:  # another process was faster
-            if _manifest(root) != manifest:
-                raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _manifest(root: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads((root / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and "scenes" in content else None
 
 
 def _write_part(root: Path, name: str, size: int, seed: tuple[int, int], info: dict[str, Any]) -> None:
@@ -195,10 +188,11 @@ def _write_part(root: Path, name: str, size: int, seed: tuple[int, int], info: d
 class ScenesDataModule(CocoDataModule):
     """Generated scenes: five shapes at several sizes, over one another, on clouds and lines.
 
-    They are written to ``root`` in COCO's format on first use.
+    They are written in COCO's format on first use, to a folder in ``root`` whose name says what it holds:
+    runs with other sizes or seeds leave it alone.
 
     Args:
-        root: Folder to write the scenes to.
+        root: Folder of the scenes' folders.
         train_size: Number of training scenes.
         val_size: Number of validation scenes.
         scenes_seed: Seed of the scenes themselves.
@@ -212,17 +206,19 @@ class ScenesDataModule(CocoDataModule):
     def __init__(
         self,
         root: str = "data/scenes",
-        train_size: int = 512,
-        val_size: int = 128,
-        scenes_seed: int = 0,
-        batch_size: int = 8,
-        num_workers: int = 2,
+        train_size: Size = 512,
+        val_size: Size = 128,
+        scenes_seed: Seed = 0,
+        batch_size: Count = 8,
+        num_workers: Workers = 2,
         augmentation: Augmentation = FLIP,
-        seed: int = 0,
-        cache_mb: int = 0,
+        seed: Seed = 0,
+        cache_mb: Natural = 0,
     ) -> None:
+        numbers = {"train_size": train_size, "val_size": val_size, "scenes_seed": scenes_seed}
+        checked_arguments(ScenesDataModule, numbers, "data.")
         super().__init__(
-            root,
+            os.path.join(root, f"train{train_size}_val{val_size}_seed{scenes_seed}_v{VERSION}"),
             train_images="train",
             train_annotations="annotations/train.json",
             val_images="val",
@@ -233,13 +229,6 @@ class ScenesDataModule(CocoDataModule):
             seed=seed,
             cache_mb=cache_mb,
         )
-        for name, value, least in (
-            ("train_size", train_size, 1),
-            ("val_size", val_size, 1),
-            ("scenes_seed", scenes_seed, 0),
-        ):
-            if value < least:
-                raise InputError(f"data.{name}: got {value}, give {least} or more")
         self.train_size, self.val_size, self.scenes_seed = train_size, val_size, scenes_seed
 
     @property

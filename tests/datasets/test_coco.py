@@ -273,7 +273,7 @@ def test_train_and_val_must_agree_on_categories(content, write):
     ],
 )
 def test_settings_are_checked_before_anything_is_read(name, value):
-    with pytest.raises(InputError, match=rf"^data\.{name}: got {value}, give"):
+    with pytest.raises(InputError, match=rf"^data\.{name}: got {value}; Expected `int"):
         CocoDataModule("no such folder", **{name: value})
 
 

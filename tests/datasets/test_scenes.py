@@ -45,16 +45,35 @@ def test_seed_and_part_decide(tmp_path):
     assert train != val
 
 
-def test_written_once_and_anew_for_other_settings(tmp_path):
-    root = tmp_path / "scenes"
-    write_scenes(root, 2, 1, seed=0)
-    marker = root / "train" / "000001.png"
+def test_written_once(tmp_path):
+    folder = tmp_path / "scenes"
+    write_scenes(folder, 2, 1, seed=0)
+    marker = folder / "train" / "000001.png"
     written = marker.stat().st_mtime_ns
-    write_scenes(root, 2, 1, seed=0)
+    write_scenes(folder, 2, 1, seed=0)
     assert marker.stat().st_mtime_ns == written
-    write_scenes(root, 3, 1, seed=0)
-    assert len(list((root / "train").iterdir())) == 3
     assert [child.name for child in tmp_path.iterdir()] == ["scenes"]  # nothing temporary is left
+
+
+def test_scenes_of_another_size_leave_those_of_a_running_training_alone(tmp_path):
+    first, same, larger = (ScenesDataModule(str(tmp_path), size, 1, num_workers=0) for size in (2, 2, 3))
+    first.prepare_data()
+    before = digest(first.root)
+    for other in (same, larger):
+        other.prepare_data()
+        other.setup("fit")
+    assert same.root == first.root != larger.root
+    assert len(larger.train_dataset) == 3
+    assert digest(first.root) == before
+    with pytest.raises(InputError, match="holds something else than these scenes"):
+        write_scenes(first.root, 3, 1, seed=0)
+    assert digest(first.root) == before
+
+
+def test_a_root_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: File exists"):
+        ScenesDataModule(str(tmp_path / "file")).prepare_data()
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):

@@ -50,11 +50,8 @@ class Row:
 
 def ours(path: str, x: Tensor, p: float | Tensor, block_size: int, per_channel: bool = True) -> Tensor:
     """:func:`drop_block2d` forced onto one path."""
-    forced, dropblock.FORCED_PATH = dropblock.FORCED_PATH, path
-    try:
+    with dropblock.forced_path(path):
         return dropblock.drop_block2d(x, p, block_size, per_channel=per_channel)
-    finally:
-        dropblock.FORCED_PATH = forced
 
 
 def mmdetection(x: Tensor, p: float, block_size: int) -> Tensor:

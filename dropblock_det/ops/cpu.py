@@ -3,20 +3,19 @@
 Where corners are dense (block size 1) it draws once per position instead, and a mask shared by all channels
 is small: both are made as masks, which clear the bits of what they drop.
 
-No mask is kept: both operators are pure functions of a seed that is drawn outside, by PyTorch's generator,
-and backward draws the same blocks again. So compiling, recomputing under activation checkpointing and
-reseeding behave as for ``F.dropout``.
+For backward the corners are kept, which for blocks are far fewer than elements.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dropblock_det.ops.gradients import differentiable
-from dropblock_det.ops.layout import mask_shape, memory_format
+from dropblock_det.ops.gradients import MaskedCopy
+from dropblock_det.ops.layout import is_channels_last, mask_shape, memory_format
 from dropblock_det.ops.reference import BlockSize, block_and_grid, clamped, corner_probability
 
 # Share of corners above which one draw per position is faster than one logarithm per corner.
@@ -48,7 +47,7 @@ def successes(count: int, gamma: float, generator: torch.Generator) -> Tensor:
     return indices[: torch.searchsorted(indices, count)]
 
 
-def draw_mask(gamma: float, seed: int, shape: Sequence[int], block_size: BlockSize, dense: bool) -> Tensor:
+def draw_dropped(gamma: float, seed: int, shape: Sequence[int], block_size: BlockSize, dense: bool) -> Tensor:
     """What is dropped of a mask of ``shape`` (planes, H, W, inner).
 
     Returns:
@@ -59,7 +58,7 @@ def draw_mask(gamma: float, seed: int, shape: Sequence[int], block_size: BlockSi
     kh, kw, grid_h, grid_w = block_and_grid(height, width, block_size)
     generator = torch.Generator().manual_seed(seed)
     if gamma > DENSE:
-        grid = torch.rand(planes, grid_h, grid_w, inner, generator=generator) < gamma
+        grid = torch.rand(planes, grid_h, grid_w, inner, dtype=torch.float32, generator=generator) < gamma
         return widened(widened(grid, 1, kh), 2, kw)
     corners = successes(planes * grid_h * grid_w * inner, gamma, generator)
     # From the index among the positions where a block fits to the offset in the map: every row and plane
@@ -114,7 +113,7 @@ def pieces(corners: Tensor, shape: Sequence[int]) -> Iterator[tuple[int, int, Te
 
 
 def count_dropped(mask: Tensor, shape: Sequence[int], block_size: BlockSize) -> int:
-    """How many elements of the mask of ``shape`` are dropped, ``mask`` being what ``draw_mask`` returned."""
+    """How many elements are dropped by what ``draw_dropped`` returned for this ``shape``."""
     if mask.dtype == torch.bool:
         return int(mask.count_nonzero())
     count = 0
@@ -128,7 +127,7 @@ def count_dropped(mask: Tensor, shape: Sequence[int], block_size: BlockSize) -> 
 
 
 def apply_mask(x: Tensor, mask: Tensor, scale: float, block_size: BlockSize, channels_last: bool) -> Tensor:
-    """``x`` times ``scale``, a Python number that no dtype rounds, and 0 where ``draw_mask`` drops."""
+    """``x`` times ``scale``, a Python number that no dtype rounds, and 0 where ``draw_dropped`` drops."""
     x = x.contiguous(memory_format=memory_format(channels_last))
     y = torch.empty_like(x, memory_format=memory_format(channels_last))
     # In the order of memory: (N, H, W, C) or (N, C, H, W).
@@ -150,78 +149,57 @@ def apply_mask(x: Tensor, mask: Tensor, scale: float, block_size: BlockSize, cha
     return y
 
 
-torch.library.define(
-    "dropblock_det::drop_seed",
-    "(Tensor x, Tensor p, Tensor seed, bool exact, int[2] block_size, bool per_channel, bool channels_last)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "dropblock_det::apply_seed",
-    "(Tensor x, Tensor seed, Tensor gamma, Tensor scale,"
-    " int[2] block_size, bool per_channel, bool channels_last) -> Tensor",
-)
+def drop(x: Tensor, p: float | Tensor, block_size: BlockSize, calibration: str, per_channel: bool) -> Tensor:
+    """``x * mask / kept share`` for a new mask."""
+    channels_last = is_channels_last(x)
+    shape = mask_shape(x, per_channel, channels_last)
+    gamma = corner_probability(clamped(p), block_size, *shape[1:3], calibration)
+    dropped = draw_dropped(gamma, int(torch.randint(2**62, ())), shape, block_size, dense=not per_channel)
+    elements = math.prod(shape)
+    scale = elements / max(elements - count_dropped(dropped, shape, block_size), 1)
+    apply = partial(apply_mask, scale=scale, block_size=block_size, channels_last=channels_last)
+    return MaskedCopy.apply(x, apply, dropped)
 
 
-@torch.library.impl("dropblock_det::drop_seed", "default")
-def drop_seed(
-    x: Tensor,
+@torch.library.custom_op("dropblock_det::draw_mask", mutates_args=())
+def draw_mask(
     p: Tensor,
     seed: Tensor,
-    exact: bool,
-    block_size: BlockSize,
-    per_channel: bool,
+    shape: Sequence[int],
+    block_size: Sequence[int],
+    calibration: str,
     channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x * mask / kept share`` for a new mask, and what :func:`apply_seed` needs to know of the mask.
+) -> tuple[Tensor, Tensor]:
+    """Draws a mask.
 
     Args:
-        x: ``(N, C, H, W)``.
         p: 0-dim drop probability.
         seed: 0-dim int64, stands for the mask.
-        exact: whether the calibration is ``"exact"``.
-        block_size: of the block.
-        per_channel: whether the mask has the channels of ``x`` or one for all.
-        channels_last: whether the mask, and so the result, is in that memory format.
+        shape: of the mask, ``(N, C or 1, H, W)``.
+        block_size: height and width of the block.
+        calibration: ``"paper"`` or ``"exact"``.
+        channels_last: whether the mask is in that memory format.
 
     Returns:
-        The result; the seed, 0-dim int64; gamma and the scale, 0-dim float64.
+        The mask, bool, True where kept; how many it keeps, 0-dim int64.
     """
-    shape = mask_shape(x, per_channel, channels_last)
-    calibration = "exact" if exact else "paper"
-    gamma = corner_probability(clamped(p), block_size, *shape[1:3], calibration)
-    mask = draw_mask(gamma, int(seed.item()), shape, block_size, dense=not per_channel)
-    elements = math.prod(shape)
-    scale = elements / max(elements - count_dropped(mask, shape, block_size), 1)
-    y = apply_mask(x, mask, scale, block_size, channels_last)
-    return y, seed.clone(), torch.tensor(gamma, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64)
+    n, c, height, width = shape
+    flat = (n, height, width, c) if channels_last else (n * c, height, width, 1)
+    gamma = corner_probability(clamped(p), block_size, height, width, calibration)
+    dropped = draw_dropped(gamma, int(seed), flat, block_size, dense=True)
+    kept = dropped.numel() - count_dropped(dropped, flat, block_size)
+    mask = dropped.logical_not_().view((n, height, width, c) if channels_last else (n, c, height, width))
+    return mask.permute(0, 3, 1, 2) if channels_last else mask, torch.tensor(kept)
 
 
-@torch.library.impl("dropblock_det::apply_seed", "default")
-def apply_seed(
-    x: Tensor,
+@draw_mask.register_fake
+def _(
+    p: Tensor,
     seed: Tensor,
-    gamma: Tensor,
-    scale: Tensor,
-    block_size: BlockSize,
-    per_channel: bool,
+    shape: Sequence[int],
+    block_size: Sequence[int],
+    calibration: str,
     channels_last: bool,
-) -> Tensor:
-    """``x * mask / kept share`` for the mask of an earlier :func:`drop_seed`."""
-    shape = mask_shape(x, per_channel, channels_last)
-    mask = draw_mask(gamma.item(), int(seed.item()), shape, block_size, dense=not per_channel)
-    return apply_mask(x, mask, scale.item(), block_size, channels_last)
-
-
-@torch.library.register_fake("dropblock_det::drop_seed")
-def _(x: Tensor, p: Tensor, seed: Tensor, *numbers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=memory_format(bool(numbers[-1])))
-    gamma, scale = (x.new_empty((), dtype=torch.float64) for _ in range(2))
-    return y, torch.empty_like(seed), gamma, scale
-
-
-@torch.library.register_fake("dropblock_det::apply_seed")
-def _(x: Tensor, *mask_and_numbers: Tensor | int) -> Tensor:
-    return torch.empty_like(x, memory_format=memory_format(bool(mask_and_numbers[-1])))
-
-
-drop = differentiable(torch.ops.dropblock_det.drop_seed, torch.ops.dropblock_det.apply_seed, numbers=3)
+) -> tuple[Tensor, Tensor]:
+    mask = p.new_empty(shape, dtype=torch.bool).contiguous(memory_format=memory_format(channels_last))
+    return mask, torch.empty_like(seed)

@@ -11,14 +11,15 @@ written three times and read a few times, mostly from cache. One Philox call mos
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropblock_det.ops.gradients import differentiable
-from dropblock_det.ops.layout import mask_shape, memory_format
+from dropblock_det.ops.gradients import MaskedCopy
+from dropblock_det.ops.layout import is_channels_last, mask_shape, memory_format
 from dropblock_det.ops.reference import BlockSize, block_and_grid
 
 WORDS = 256  # words of 32 bits per program: 8,192 elements
@@ -170,7 +171,7 @@ def _scale(
         packed = tl.load(bits_ptr + word, word * 32 < elements, 0)
         dropped = (packed[:, None] >> place) & 1
     x = tl.load(x_ptr + element, inside, 0.0)
-    y = x.to(WIDE) * tl.where(dropped != 0, 0.0, scale).to(WIDE)
+    y = tl.where(dropped != 0, 0.0, x.to(WIDE) * scale)  # 0 also where x is inf or nan
     tl.store(y_ptr + element, y.to(x.dtype), inside)
 
 
@@ -280,19 +281,38 @@ def _(x: Tensor, bits: Tensor, kept: Tensor, per_channel: bool, channels_last: b
     return torch.empty_like(x, memory_format=memory_format(channels_last))
 
 
-def draw_and_apply(
-    x: Tensor,
+def drop(x: Tensor, p: float | Tensor, block_size: BlockSize, calibration: str, per_channel: bool) -> Tensor:
+    """``x * mask / kept share`` for a new mask."""
+    if not isinstance(p, Tensor):
+        p = torch.full((), p, dtype=torch.float32, device=x.device)
+    seed = torch.randint(2**62, (), device=x.device)
+    channels_last = is_channels_last(x)
+    shape = mask_shape(x, per_channel, channels_last)
+    operators = torch.ops.dropblock_det
+    bits, kept = operators.draw_bits(p, seed, shape, block_size, calibration == "exact")
+    apply = partial(operators.apply_bits, per_channel=per_channel, channels_last=channels_last)
+    return MaskedCopy.apply(x, apply, bits, kept)
+
+
+def draw_mask(
     p: Tensor,
     seed: Tensor,
-    exact: bool,
+    shape: Sequence[int],
     block_size: BlockSize,
-    per_channel: bool,
+    calibration: str,
     channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x * mask / kept share`` for a new mask; the mask; the number of elements kept."""
-    shape = mask_shape(x, per_channel, channels_last)
-    bits, kept = torch.ops.dropblock_det.draw_bits(p, seed, shape, block_size, exact)
-    return torch.ops.dropblock_det.apply_bits(x, bits, kept, per_channel, channels_last), bits, kept
+) -> tuple[Tensor, Tensor]:
+    """The mask as bool, True where kept, and how many it keeps; like the CPU path's operator.
 
-
-drop = differentiable(draw_and_apply, torch.ops.dropblock_det.apply_bits, numbers=2)
+    Only the packed bits come from an operator: unpacking is fused into what uses the mask, and the bits are
+    what is kept for backward.
+    """
+    n, c, height, width = shape
+    flat = (n, height, width, c) if channels_last else (n * c, height, width, 1)
+    operator = torch.ops.dropblock_det.draw_bits
+    bits, kept = operator(p, seed, flat, block_size, calibration == "exact")
+    places = torch.arange(32, device=bits.device, dtype=torch.int32)
+    mask = ((bits[:, None] >> places) & 1 == 0).flatten()[: n * c * height * width]
+    if channels_last:
+        return mask.view(n, height, width, c).permute(0, 3, 1, 2), kept
+    return mask.view(n, c, height, width), kept

@@ -1,7 +1,13 @@
-"""``drop_block2d``: checks the arguments and picks the path."""
+"""``drop_block2d``: checks the arguments and picks the path.
+
+A path is a module with two functions. ``drop`` is DropBlock in ordinary eager code, as fast as its device
+allows. ``draw_mask`` is an operator that only draws a mask, for compiled code and for ``torch.func``.
+"""
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from types import ModuleType
 
@@ -10,6 +16,7 @@ from torch import Tensor
 
 from dropblock_det.errors import InputError
 from dropblock_det.ops import cpu, reference
+from dropblock_det.ops.layout import is_channels_last
 from dropblock_det.ops.reference import CALIBRATIONS, BlockSize, block_sides, clamped
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,15 +93,30 @@ def drop_block2d(
         )
     if not training or x.numel() == 0 or (not isinstance(p, Tensor) and p == 0):
         return x
-    block_size = block_sides(block_size)
-    path = _path(x)
+    block_size, path = block_sides(block_size), _path(x)
     if path is reference:
         return reference.drop_block2d(x, clamped(p), block_size, per_channel, calibration)
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        return path.drop(x, p, block_size, calibration, per_channel)
+    # Only drawing the mask is an operator. Applying it is plain tensor code, which torch.compile fuses into
+    # the operations before and after it, and which torch.func can transform.
     if not isinstance(p, Tensor):
         p = torch.full((), p, dtype=torch.float32, device=x.device)
     seed = torch.randint(2**62, (), device=x.device)
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return path.drop(x, p, seed, calibration == "exact", block_size, per_channel, channels_last)
+    shape = (x.shape[0], x.shape[1] if per_channel else 1, *x.shape[2:])
+    mask, kept = path.draw_mask(p, seed, shape, block_size, calibration, is_channels_last(x))
+    return reference.apply_mask(x, mask, kept)
+
+
+@contextmanager
+def forced_path(name: str) -> Iterator[None]:
+    """Every call inside takes the path of this name, whatever the device of ``x``."""
+    global FORCED_PATH
+    before, FORCED_PATH = FORCED_PATH, name
+    try:
+        yield
+    finally:
+        FORCED_PATH = before
 
 
 def _path(x: Tensor) -> ModuleType:

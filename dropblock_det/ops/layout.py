@@ -19,3 +19,8 @@ def mask_shape(x: Tensor, per_channel: bool, channels_last: bool) -> tuple[int, 
     n, c, height, width = x.shape
     c = c if per_channel else 1
     return (n, height, width, c) if channels_last else (n * c, height, width, 1)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the result for ``x`` is in that memory format; what is both counts as contiguous."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -115,15 +115,21 @@ def mask_from_corners(corners: Tensor, block_size: BlockSize, height: int, width
     return dropped == 0
 
 
-def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(x: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
     """``x * mask / kept share``, the share counted over the whole mask; zeros when nothing is kept.
 
-    The count is an integer and the scale at least float32, whatever the dtype of ``x``: in float16 the count
-    would overflow above 65,504 elements.
+    What is dropped is 0 also where ``x`` is inf or nan. The count is an integer and the scale at least
+    float32, whatever the dtype of ``x``: in float16 the count would overflow above 65,504 elements.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        mask: bool ``(N, C or 1, H, W)``, True where kept.
+        kept: how many elements the mask keeps, 0-dim int64, where it is known already.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale = mask.numel() / mask.sum().clamp(min=1).to(wide)
-    return (x.to(wide) * mask * scale).to(x.dtype)
+    kept = mask.sum() if kept is None else kept
+    scale = mask.numel() / kept.clamp(min=1).to(wide)
+    return torch.where(mask, x.to(wide) * scale, 0).to(x.dtype)
 
 
 def drop_block2d(x: Tensor, p: float, block_size: BlockSize, per_channel: bool, calibration: str) -> Tensor:

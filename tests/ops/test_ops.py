@@ -272,8 +272,10 @@ def test_func_transforms_are_right_or_refused():
     assert not torch.equal(masks[0], masks[1])
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(lambda x: drop_block2d(x, 0.3, 3))(several)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: drop_block2d(x, 0.3, 3), (x,), (x,))
+    y, tangent = torch.func.jvp(lambda x: drop_block2d(x, 0.3, 3), (x,), (x,))
+    torch.testing.assert_close(tangent, y)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        drop_block2d(torch.autograd.forward_ad.make_dual(x, x), 0.3, 3)
 
 
 def test_compiled_it_keeps_the_gradient_of_func_transforms():
@@ -283,6 +285,45 @@ def test_compiled_it_keeps_the_gradient_of_func_transforms():
     kept = gradient != 0
     assert 0.5 < kept.float().mean() < 1
     torch.testing.assert_close(gradient, 2 * x * kept / kept.float().mean() ** 2)
+
+
+@pytest.mark.parametrize(("block_size", "p"), [(1, 0.5), (7, 0.3), (3, 0.1)])
+def test_the_default_dtype_may_change_before_backward(path, block_size, p):
+    """Lightning's ``64-true`` sets it around each hook."""
+    x = torch.rand(2, 4, 6, 6).add(0.5).requires_grad_()
+    y = drop_block2d(x, p, block_size)
+    torch.set_default_dtype(torch.float64)
+    try:
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(gradient * x, y)
+
+
+@pytest.mark.parametrize(("block_size", "p"), [(1, 0.5), (3, 0.1)])
+def test_the_default_dtype_does_not_change_the_mask(path, block_size, p):
+    x = torch.ones(2, 4, 6, 6)
+    torch.manual_seed(15)
+    y = drop_block2d(x, p, block_size)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(15)
+        assert torch.equal(drop_block2d(x, p, block_size), y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(("block_size", "p"), [(1, 0.5), (3, 0.2)])
+def test_what_is_dropped_is_0_whatever_it_was(path, value, per_channel, block_size, p):
+    x = torch.full((2, 4, 9, 9), value, requires_grad=True)
+    y = drop_block2d(x, p, block_size, per_channel=per_channel)
+    dropped = y == 0
+    assert 0.05 < dropped.float().mean() < 0.8
+    assert not y[~dropped].isfinite().any()
+    (gradient,) = torch.autograd.grad(y, x, torch.full_like(y, value))
+    assert torch.equal(gradient == 0, dropped)
 
 
 def test_activation_checkpointing_draws_the_same_mask(path):
@@ -327,13 +368,9 @@ def test_compiled_without_break_or_recompilation(path, backend):
 
 
 def test_operators_pass_opcheck():
-    p, seed = torch.tensor(0.3), torch.tensor(5)
-    for per_channel, channels_last in itertools.product((True, False), repeat=2):
-        numbers, operators = (3, per_channel, channels_last), torch.ops.dropblock_det
-        x = torch.randn(2, 3, 9, 7)
-        torch.library.opcheck(operators.drop_seed, (x, p, seed, channels_last, *numbers))
-        _, *mask = operators.drop_seed(x, p, seed, False, *numbers)
-        torch.library.opcheck(operators.apply_seed, (x, *mask, *numbers))
+    p, seed, draw_mask = torch.tensor(0.3), torch.tensor(5), torch.ops.dropblock_det.draw_mask
+    for channels, channels_last in itertools.product((1, 3), (True, False)):
+        torch.library.opcheck(draw_mask, (p, seed, (2, channels, 9, 7), (3, 2), "exact", channels_last))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01, cpu.DENSE - 0.01, cpu.DENSE + 0.01, 0.7, 1.0])
@@ -354,10 +391,10 @@ def test_cpu_mask_is_the_references_bit_for_bit(monkeypatch, shape, block_size, 
         corners.view(-1)[cpu.successes(corners.numel(), gamma, generator).long()] = True
     expected = reference.mask_from_corners(corners.permute(0, 3, 1, 2), block_size, height, width)
     dropped = ~expected.permute(0, 2, 3, 1)
-    assert torch.equal(cpu.draw_mask(gamma, 8, shape, block_size, dense=True), dropped)
+    assert torch.equal(cpu.draw_dropped(gamma, 8, shape, block_size, dense=True), dropped)
     monkeypatch.setattr(cpu, "PIECE", piece)
     monkeypatch.setattr(cpu, "ROW_BY_ROW", row_by_row)
-    mask = cpu.draw_mask(gamma, 8, shape, block_size, dense=False)
+    mask = cpu.draw_dropped(gamma, 8, shape, block_size, dense=False)
     assert cpu.count_dropped(mask, shape, block_size) == dropped.sum()
     for channels_last in {True, inner > 1}:  # a map of one channel is both
         x = torch.full(shape, torch.inf).permute(0, 3, 1, 2)

@@ -1,1 +1,17 @@
 """Box detection: torchvision's detectors, losses and detections from one pass, COCO's metrics, pictures."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dropblock_det.tasks.detection.eval_losses import losses_and_detections
+
+__all__ = ["losses_and_detections"]
+
+
+def __getattr__(name: str) -> Any:
+    # What draws pictures or computes COCO's figures does without torchvision.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dropblock_det.tasks.detection.eval_losses import losses_and_detections
+
+    return losses_and_detections

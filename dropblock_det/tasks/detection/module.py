@@ -10,7 +10,8 @@ from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.schedule import lr_factor
 from dropblock_det.tasks.detection.coco_eval import coco_figures, detections_to_coco
-from dropblock_det.tasks.detection.models import build_retinanet, losses_and_detections
+from dropblock_det.tasks.detection.eval_losses import losses_and_detections
+from dropblock_det.tasks.detection.models import build_detector
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -68,7 +69,8 @@ class RetinaNetModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="_load_weights")
-        self.detector = build_retinanet(
+        self.detector = build_detector(
+            "retinanet_resnet50_fpn",
             [category["name"] for category in categories],
             weights=weights,
             weights_backbone=weights_backbone,

@@ -20,7 +20,7 @@ from dropblock_det.datasets.coco import CocoDataset, collate
 from dropblock_det.datasets.scenes import ScenesDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.runs.recorder import RunRecord, newest_checkpoint
-from dropblock_det.tasks.detection.models import losses_and_detections
+from dropblock_det.tasks.detection.eval_losses import losses_and_detections
 from dropblock_det.tasks.detection.module import RetinaNetModule
 
 SIZES = [8, 16, 32, 64, 128]

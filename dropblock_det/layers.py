@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dropblock_det.errors import InputError
 from dropblock_det.ops.dropblock import check_arguments, drop_block2d
@@ -36,9 +36,9 @@ class DropBlock2d(nn.Module):
         self.per_channel = per_channel
         self.calibration = calibration
         self._p = float(p)
-        # Compiled code reads this tensor only, so that it does not depend on the number. Not a buffer, which
-        # would be a key or, when not persistent, a placeholder in exported programs.
-        self._p_tensor = torch.tensor(self._p, dtype=torch.float32)
+        # Compiled code and CUDA graphs read this tensor, so that they don't depend on the number. Not a
+        # buffer, which would be a key or, when not persistent, a placeholder in exported programs.
+        self._p_tensor = self._p_on(torch.get_default_device())
 
     @property
     def p(self) -> float:
@@ -48,8 +48,9 @@ class DropBlock2d(nn.Module):
     @p.setter
     def p(self, value: float) -> None:
         check_arguments(value, self.block_size, self.calibration)
-        self._p = float(value)
-        self._p_tensor.fill_(self._p)
+        if value != self._p:
+            self._p = float(value)
+            self._p_tensor.fill_(self._p)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies DropBlock in training mode.
@@ -60,18 +61,26 @@ class DropBlock2d(nn.Module):
         Returns:
             A tensor like ``x``; in eval mode, or eagerly with ``p == 0``, ``x`` itself.
         """
-        if not self.training:
-            return x
-        if self._p_tensor.device != x.device:  # a layer without parameters may never have been moved
-            self._p_tensor = self._p_tensor.to(x.device)
-        if not recorded(x) and self._p == 0.0:  # in this order: compiled code must not read the number
-            return x
-        return drop_block2d(x, self._p_tensor, self.block_size, True, self.per_channel, self.calibration)
+        if isinstance(x, fx.Proxy) and x.tracer.root is not self:
+            # A symbolic trace calls the layer, as it does torch.nn's, and so follows p and train().
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        p: float | Tensor = self._p
+        if self.training and recorded(x):
+            if self._p_tensor.device != x.device:  # a layer without parameters may never have been moved
+                self._p_tensor = self._p_tensor.to(x.device)
+            p = self._p_tensor
+        return drop_block2d(x, p, self.block_size, self.training, self.per_channel, self.calibration)
+
+    def _p_on(self, device: torch.device) -> Tensor:
+        # Not on the meta device, which would lose the value, and no inference tensor, which can't be set.
+        with torch.inference_mode(False):
+            device = torch.device("cpu") if device.type == "meta" else device
+            return torch.tensor(self._p, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DropBlock2d":
         super()._apply(fn, recurse)
         # Follows the device of .to() and its like; .half() and to_empty() must not change the value.
-        self._p_tensor = torch.tensor(self._p, dtype=torch.float32, device=fn(self._p_tensor).device)
+        self._p_tensor = self._p_on(fn(self._p_tensor).device)
         return self
 
     def extra_repr(self) -> str:
@@ -84,7 +93,9 @@ class DropBlock2d(nn.Module):
 
 def recorded(x: Tensor) -> bool:
     """Whether what is done now is done again later, when p may be another: compiled, or a CUDA graph."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 REGULARIZERS: dict[str, Callable[..., nn.Module]] = {

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from dropblock_det.errors import InputError
 from dropblock_det.ops import cpu, reference
@@ -61,6 +62,10 @@ def drop_block2d(
 ) -> Tensor:
     """Drops whole blocks of a feature map and scales up what is kept.
 
+    It does not know whether a model is in training mode: in a ``forward``, use the module
+    :class:`~dropblock_det.layers.DropBlock2d`, or pass ``training=self.training``. Otherwise it drops in
+    evaluation too.
+
     The first three arguments are those of ``torchvision.ops.drop_block2d``. Random numbers come from the
     generator of the device of ``x``, as for ``F.dropout``.
 
@@ -84,6 +89,8 @@ def drop_block2d(
 
     Source: Ghiasi, Lin and Le 2018, algorithm 1.
     """
+    if has_torch_function_unary(x):  # subclasses of Tensor, and symbolic tracing
+        return handle_torch_function(drop_block2d, (x,), x, p, block_size, training, per_channel, calibration)
     check_map(x)
     check_arguments(0.0 if isinstance(p, Tensor) else p, block_size, calibration)
     if isinstance(p, Tensor) and (p.dim() != 0 or p.dtype != torch.float32 or p.device != x.device):

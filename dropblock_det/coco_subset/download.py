@@ -1,35 +1,26 @@
-"""The HTTP side of fetching COCO: small files and one large archive from a server that may misbehave.
+"""Fetching small files and one large archive: attempts, waits, and checks of what arrived."""
 
-Standard library only. Each thread keeps its connections open: with 160 kB images most of the time would
-otherwise go into opening new ones.
-"""
-
-import contextlib
-import email.utils
-import fcntl
 import hashlib
-import http.client
 import random
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
-from urllib.parse import urljoin, urlsplit
 
-from dropblock_det.coco_subset.choose import check_url
+from urllib3.exceptions import HTTPError
+from urllib3.util.retry import Retry
+
+from dropblock_det.coco_subset.connections import Answer, Connections, FetchError
+from dropblock_det.coco_subset.extract import check_url
 from dropblock_det.errors import InputError
+from dropblock_det.files import lock_holder, take_lock
 
 OFFICIAL = "http://images.cocodataset.org"
 
-_CHUNK = 1 << 16
-_MOST_REDIRECTS = 5
-_SLOWEST = 1024  # bytes per second; below that a server is as good as silent
 _WORTH_RETRYING = {408, 425, 429, 500, 502, 503, 504}
-_HEADERS = {"User-Agent": "dropblock_det", "Accept-Encoding": "identity"}
 
 Item = TypeVar("Item")
 
@@ -91,22 +82,8 @@ class Network:
         return url
 
 
-class FetchError(Exception):
-    """The server did not deliver.
-
-    Attributes:
-        retry: Whether another attempt may help.
-        wait: Seconds that the server asked to wait, 0 when it did not.
-    """
-
-    def __init__(self, reason: str, retry: bool = True, wait: float = 0.0) -> None:
-        # Some reasons quote the server: one printable line, whatever it sent.
-        super().__init__("".join(c if c.isprintable() else " " for c in reason)[:200])
-        self.retry, self.wait = retry, wait
-
-
 class Downloader:
-    """Fetches over connections that each thread keeps open; close it when done (a context manager).
+    """Fetches until it has what it should; close it when done (a context manager).
 
     ``stop`` may be set from any thread: waits end at once and no new attempt begins.
     """
@@ -114,16 +91,15 @@ class Downloader:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.stop = threading.Event()
-        self._own = threading.local()
-        self._all: list[http.client.HTTPConnection] = []
+        self._connections = Connections(network.connections, network.timeout)
         self._hold_until = 0.0  # what one thread was told by Retry-After holds for all
 
     def __enter__(self) -> "Downloader":
+        self._connections.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for connection in self._all:
-            connection.close()
+        self._connections.__exit__()
 
     def fetch(self, url: str, accept: Callable[[bytes], None]) -> bytes:
         """Fetches a small file whole.
@@ -137,11 +113,12 @@ class Downloader:
         """
 
         def attempt() -> bytes:
-            with self._response(url, {}) as response:
-                _expect(response, 200)
-                body = bytearray()
-                for chunk in self._chunks(response):
+            body = bytearray()
+            with self._connections.ask(url, {}) as answer:
+                _expect(answer, 200)
+                for chunk in answer.chunks():
                     body += chunk
+                    self._go_on()
                     if len(body) > self.network.largest_image:
                         raise FetchError(f"it has more than {self.network.largest_image} bytes", retry=False)
             try:
@@ -170,13 +147,14 @@ class Downloader:
         if _is(target, archive):
             return report(archive.size)
         url = self.network.address(f"{OFFICIAL}/{archive.path}")
-        partial = target.with_name(target.name + ".partial")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"{target}: another process is fetching it; start again after it") from error
+        partial, lock_file = (target.with_name(target.name + end) for end in (".partial", ".lock"))
+        lock = take_lock(lock_file)
+        if lock is None:
+            raise InputError(f"{target}: {lock_holder(lock_file)} is fetching it; start again after it")
+        with lock, partial.open("ab") as file:
+            if _is(target, archive):  # another process was faster
+                partial.unlink()
+                return report(archive.size)
 
             def attempt() -> None:
                 if file.seek(0, 2) > archive.size:
@@ -193,27 +171,29 @@ class Downloader:
             except FetchError as error:
                 raise InputError(f"{target.name}: {error} ({url}); start again to go on") from error
             partial.replace(target)
+            lock_file.unlink()
 
     def _append(self, url: str, file: IO[bytes], size: int, report: Callable[[int], None]) -> None:
         """Adds to ``file`` what it lacks; starts over when the server can't send a part."""
         start = file.tell()
-        with self._response(url, {"Range": f"bytes={start}-"} if start else {}) as response:
-            if response.status == 416:  # it does not have that much: then what we have is not its beginning
+        with self._connections.ask(url, {"Range": f"bytes={start}-"} if start else {}) as answer:
+            if answer.status == 416:  # it does not have that much: then what we have is not its beginning
                 file.truncate(0)
                 raise FetchError("the server has less of it than we do")
-            if start and response.status == 206:
-                if not (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            if start and answer.status == 206:
+                if not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                     raise FetchError("it sent another part than asked")
             else:
-                _expect(response, 200)
+                _expect(answer, 200)
                 start = 0
             # The log-in page of a network on the way comes with status 200 too.
-            if response.headers.get("Content-Type", "").startswith("text/"):
+            if answer.headers.get("Content-Type", "").startswith("text/"):
                 raise FetchError("the server sent a web page")
-            if response.length not in (None, size - start):
-                raise FetchError(f"the server offers {response.length} bytes where {size - start} are due")
+            if answer.length not in (None, size - start):
+                raise FetchError(f"the server offers {answer.length} bytes where {size - start} are due")
             file.truncate(start)
-            for chunk in self._chunks(response):
+            for chunk in answer.chunks():
+                self._go_on()
                 if file.seek(0, 2) + len(chunk) > size:
                     file.truncate(0)
                     raise FetchError(f"it has more than {size} bytes")
@@ -242,122 +222,29 @@ class Downloader:
                 self._wait(self.network.backoff * 2 ** (failed - 1) * random.uniform(0.5, 1))
 
     def _wait(self, seconds: float) -> None:
-        if self.stop.wait(max(seconds, 0)):
+        self.stop.wait(max(seconds, 0))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self.stop.is_set():
             raise FetchError("stopped", retry=False)
 
-    def _connection(self, url: str) -> tuple[http.client.HTTPConnection, str]:
-        """This thread's connection for ``url``, through a proxy where one is set, and the target to ask."""
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        proxy = urllib.request.getproxies().get(parts.scheme)
-        via = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else None
-        if via is not None and urllib.request.proxy_bypass(f"{host}:{port}"):
-            via = None
-        if via is not None and parts.scheme == "http":
-            target = url
-        open_ones = self._own.__dict__.setdefault("connections", {})
-        key = (parts.scheme, host, port) if via is None or parts.scheme == "https" else via.netloc
-        if key not in open_ones:
-            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            peer, peer_port = (host, port) if via is None else (via.hostname or "", via.port or 80)
-            connection = kind(peer, peer_port, timeout=self.network.timeout)
-            if via is not None and parts.scheme == "https":
-                connection.set_tunnel(host, port)
-            open_ones[key] = connection
-            self._all.append(connection)
-        return open_ones[key], target
 
-    @contextlib.contextmanager
-    def _response(self, url: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
-        """The answer after redirects. A connection whose answer was not read to its end is closed."""
-        response = None
-        try:
-            for _ in range(_MOST_REDIRECTS + 1):
-                try:
-                    check_url(url)
-                except ValueError as error:
-                    raise FetchError(f"redirected: {error}", retry=False) from error
-                connection, target = self._connection(url)
-                response = self._ask(connection, target, headers)
-                location = response.headers.get("Location")
-                if response.status not in (301, 302, 303, 307, 308) or not location:
-                    break
-                url = urljoin(url, location)
-                self._settle(connection, response)
-            else:
-                raise FetchError(f"more than {_MOST_REDIRECTS} redirects", retry=False)
-            yield response
-        finally:
-            if response is not None:
-                self._settle(connection, response)
-
-    def _ask(
-        self, connection: http.client.HTTPConnection, target: str, headers: dict[str, str]
-    ) -> http.client.HTTPResponse:
-        kept = connection.sock is not None
-        try:
-            connection.request("GET", target, headers=_HEADERS | headers)
-            return connection.getresponse()
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            connection.close()
-            # A server may close a connection that it had kept for us at any time: no fault, ask on a new one.
-            if kept and isinstance(error, ConnectionError):
-                return self._ask(connection, target, headers)
-            raise FetchError(_reason(error)) from error
-
-    def _settle(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
-        if not response.isclosed() and response.length != 0:
-            connection.close()
-        response.close()
-
-    def _chunks(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """The body as it comes in; its length is checked, its pace watched."""
-        declared = response.length
-        received, begun = 0, time.monotonic()
-        while True:
-            try:
-                chunk = response.read1(_CHUNK)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise FetchError(_reason(error)) from error
-            if not chunk:
-                break
-            yield chunk
-            received += len(chunk)
-            seconds = time.monotonic() - begun
-            if seconds > self.network.timeout and received < _SLOWEST * seconds:
-                raise FetchError(f"the server sent {received} bytes in {seconds:.0f} s")
-            if self.stop.is_set():
-                raise FetchError("stopped", retry=False)
-        if declared is not None and received < declared:
-            raise FetchError(f"the connection broke off after {received} of {declared} bytes")
-
-
-def _expect(response: http.client.HTTPResponse, status: int) -> None:
-    if response.status != status:
-        wait = _retry_after(response.headers.get("Retry-After"))
+def _expect(answer: Answer, status: int) -> None:
+    if answer.status != status:
         raise FetchError(
-            f"HTTP {response.status} {response.reason}", response.status in _WORTH_RETRYING, wait
+            f"HTTP {answer.status} {answer.reason}",
+            answer.status in _WORTH_RETRYING,
+            _retry_after(answer.headers.get("Retry-After")),
         )
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 when there is none."""
-    if value is None:
-        return 0.0
-    if value.strip().isascii() and value.strip().isdigit():
-        return float(value)
+    """Seconds to wait by a Retry-After header; 0 when there is none, or nonsense."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0  # neither; then our own back-off decides
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "the server went silent"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return float(Retry().parse_retry_after(value)) if value else 0.0
+    except (HTTPError, ValueError, OverflowError):
+        return 0.0  # then our own back-off decides
 
 
 def _is(path: Path, archive: Archive) -> bool:

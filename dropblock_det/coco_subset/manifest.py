@@ -2,53 +2,57 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from dropblock_det.coco_subset.choose import FILE_NAME, SPLITS, Options
-from dropblock_det.errors import InputError
+import msgspec
+from msgspec import Meta
 
+from dropblock_det.coco_subset.choose import SPLITS, Options
+from dropblock_det.coco_subset.extract import FILE_NAME
+from dropblock_det.coco_subset.records import Id
+from dropblock_det.files import read_json
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """One image as it lies on disk: its name, size in bytes and SHA-256 digest."""
-
-    id: int
-    file_name: str
-    size: int
-    sha256: bytes
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-@dataclass(frozen=True)
-class Part:
+class Fetched(msgspec.Struct, frozen=True, gc=False):
+    """One image as it lies on disk: its name, size in bytes and SHA-256."""
+
+    id: Id
+    file_name: Annotated[str, Meta(pattern=f"^{FILE_NAME.pattern}\\Z")]
+    bytes: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+
+class Part(msgspec.Struct, frozen=True):
     """One split of a subset: the SHA-256 of its annotation file and its images, ascending by id."""
 
-    json_sha256: str
+    json_sha256: Sha256
     images: tuple[Fetched, ...]
 
+    def __post_init__(self) -> None:
+        ids = [image.id for image in self.images]
+        if ids != sorted(set(ids)):
+            raise ValueError("image ids repeat or are not in order")
 
-@dataclass(frozen=True)
-class Manifest:
+
+class Manifest(msgspec.Struct, frozen=True):
     """What a subset is, exactly: enough to check a copy or to build the very same one elsewhere."""
 
+    version: Literal[1]
     options: Options
-    parts: Mapping[str, Part]
+    splits: dict[str, Part]
+
+    def __post_init__(self) -> None:
+        due = {split: count for split in SPLITS if (count := getattr(self.options, split))}
+        held = {split: len(part.images) for split, part in self.splits.items()}
+        if held != due:
+            raise ValueError(f"it has the images {held}, its options ask for {due}")
 
     def dump(self) -> bytes:
         """As JSON, one image per line; the same manifest gives the same bytes."""
-        parts = {
-            split: {
-                "json_sha256": part.json_sha256,
-                "images": [
-                    {"id": i.id, "file_name": i.file_name, "bytes": i.size, "sha256": i.sha256.hex()}
-                    for i in part.images
-                ],
-            }
-            for split, part in self.parts.items()
-        }
-        text = json.dumps({"version": 1, "options": asdict(self.options), "splits": parts})
+        text = json.dumps(msgspec.to_builtins(self))
         return text.replace('{"id"', '\n{"id"').encode() + b"\n"
 
 
@@ -58,44 +62,8 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         InputError: The file is not there or is no manifest.
     """
-    try:
-        content = json.loads(path.read_bytes())
-        if content["version"] != 1:
-            raise ValueError(f"version {content['version']} is unknown")
-        options = content["options"]
-        _check_types(options, {"train": int, "val": int, "seed": int, "min_per_category": int})
-        if options["categories"] is not None:
-            options["categories"] = tuple(map(str, options["categories"]))
-        parts = {}
-        for split, part in content["splits"].items():
-            if split not in SPLITS:
-                raise ValueError(f"{split!r} is no split")
-            _check_types(part, {"json_sha256": str, "images": list})
-            for image in part["images"]:
-                _check_types(image, {"id": int, "file_name": str, "bytes": int, "sha256": str})
-                if not FILE_NAME.fullmatch(image["file_name"]):
-                    raise ValueError(f"{image['file_name']!r} is no plain file name")
-            ids = [image["id"] for image in part["images"]]
-            if ids != sorted(set(ids)):
-                raise ValueError("image ids repeat or are not in order")
-            images = tuple(
-                Fetched(i["id"], i["file_name"], i["bytes"], bytes.fromhex(i["sha256"]))
-                for i in part["images"]
-            )
-            parts[split] = Part(part["json_sha256"], images)
-        return Manifest(Options(**options), parts)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such manifest") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; give a manifest.json") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: no manifest of a subset: {error!r}") from error
-
-
-def _check_types(record: Any, fields: Mapping[str, type]) -> None:
-    for field, kind in fields.items():
-        if type(record[field]) is not kind:
-            raise ValueError(f"{field} has to be {kind.__name__}, not {record[field]!r}")
+    manifest: Manifest = read_json(path, Manifest)
+    return manifest
 
 
 def sha256_of(path: Path) -> str:

@@ -6,43 +6,27 @@ is there under its final name is right, and a second start does only what is mis
 """
 
 import contextlib
-import errno
-import fcntl
-import hashlib
-import io
 import os
 import shutil
 import stat
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-import PIL.Image
-
-from dropblock_det.coco_subset.choose import (
-    SPLITS,
-    Image,
-    Options,
-    category_ids,
-    choose,
-    extract,
-    read_contents,
-    read_images,
-)
-from dropblock_det.coco_subset.download import Downloader, FetchError, Network, for_each
+from dropblock_det.coco_subset.choose import SPLITS, Options, category_ids, choose, read_contents
+from dropblock_det.coco_subset.collect import Report, Wanted, collect
+from dropblock_det.coco_subset.download import Downloader, Network
+from dropblock_det.coco_subset.extract import Image, extract, read_images
 from dropblock_det.coco_subset.json_stream import Readable
 from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest, sha256_of
 from dropblock_det.errors import InputError, disk_errors
+from dropblock_det.files import lock_holder, take_lock, write_bytes
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 
 _LARGEST_JSON = 2 << 30  # bytes; train2017's has 0.45e9
-_MOST_FAILURES = 10  # images; more than that is no accident, and asking on would only annoy the server
-
-Report = Callable[[str, int, int], None]
-"""What is called as the work goes on: ``report(what, done, total)``."""
 
 
 def annotations_file(split: str) -> str:
@@ -87,18 +71,42 @@ def prepare(
         chosen: dict[str, list[Image]] = {}
         for split in SPLITS:
             if getattr(options, split):
-                known = manifest.parts[split] if manifest else None
+                known = manifest.splits[split] if manifest else None
                 target = out / annotations_file(split)
                 if known and target.is_file() and sha256_of(target) == known.json_sha256:
                     with target.open("rb") as file:
                         chosen[split] = read_images(file, str(target))
                 else:
                     with _annotations(split, out, source, downloader, report) as opened:
-                        chosen[split] = _cut(split, options, known, opened, target, work)
-        parts = _collect(out, chosen, manifest, source, downloader, work, report)
-        manifest = Manifest(options, parts)
-        (work / MANIFEST).write_bytes(manifest.dump())
-        (work / MANIFEST).replace(out / MANIFEST)
+                        chosen[split] = _cut(split, options, known, opened, target, work, source is not None)
+        hashes = {
+            out / f"{split}2017" / image.file_name: image.sha256
+            for split, part in (manifest.splits.items() if manifest else ())
+            for image in part.images
+        }
+        for split, images in chosen.items():
+            for name in _strangers(out, split, images)[:1]:
+                raise InputError(
+                    f"{out / name}: is not of this subset; choose another folder or remove the file"
+                )
+        wanted_images = [
+            Wanted(image, path := out / f"{split}2017" / image.file_name, hashes.get(path))
+            for split, images in chosen.items()
+            for image in images
+        ]
+        fetched = collect(wanted_images, source, downloader, work, report)
+        manifest = Manifest(
+            1,
+            options,
+            {
+                split: Part(
+                    sha256_of(out / annotations_file(split)),
+                    tuple(fetched[out / f"{split}2017" / image.file_name] for image in images),
+                )
+                for split, images in chosen.items()
+            },
+        )
+        write_bytes(out / MANIFEST, manifest.dump())
     return manifest
 
 
@@ -110,32 +118,25 @@ def verify(out: Path, manifest: Manifest) -> list[str]:
     """
     problems = []
     with disk_errors(out):
-        for split, part in manifest.parts.items():
-            expected = {annotations_file(split): part.json_sha256}
-            expected |= {f"{split}2017/{image.file_name}": image.sha256.hex() for image in part.images}
-            for name, sha256 in expected.items():
-                if not (out / name).is_file():
-                    problems.append(f"{name}: missing")
-                elif sha256_of(out / name) != sha256:
-                    problems.append(f"{name}: altered")
+        for split, part in manifest.splits.items():
+            folder = out / f"{split}2017"
+            expected = {out / annotations_file(split): part.json_sha256}
+            expected |= {folder / image.file_name: image.sha256 for image in part.images}
+            for path, sha256 in expected.items():
+                if not path.is_file():
+                    problems.append(f"{path.relative_to(out)}: missing")
+                elif sha256_of(path) != sha256:
+                    problems.append(f"{path.relative_to(out)}: altered")
             problems += [f"{name}: not in the manifest" for name in _strangers(out, split, part.images)]
     return problems
 
 
-def check_image(data: bytes, image: Image) -> None:
-    """Raises ValueError, with the reason, unless ``data`` is a JPEG or PNG of the size the JSON says."""
-    wanted = image.width, image.height
-    try:
-        with PIL.Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as decoded:
-            size = decoded.size
-            if size == wanted:
-                decoded.load()
-    except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"these {len(data)} bytes are no JPEG or PNG image") from error
-    except Exception as error:  # hostile bytes raise nearly anything: SyntaxError, struct.error, OSError, ...
-        raise ValueError(f"it does not decode: {error}") from error
-    if size != wanted:
-        raise ValueError(f"it has {size[0]}x{size[1]} pixels, the annotations say {wanted[0]}x{wanted[1]}")
+def _strangers(out: Path, split: str, images: Iterable[Image | Fetched]) -> list[str]:
+    """What lies among a split's images and is none; not the hidden files that desktops leave everywhere."""
+    folder = out / f"{split}2017"
+    known = {image.file_name for image in images} | {"Thumbs.db", "desktop.ini"}
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [f"{folder.name}/{name}" for name in names if name not in known and not name.startswith(".")]
 
 
 @contextlib.contextmanager
@@ -145,25 +146,20 @@ def _sole_use(out: Path) -> Iterator[Path]:
     Where nothing came of it, an ``out`` that was made here is gone too.
     """
     made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(out / LOCK)
+    if lock is None:
+        raise InputError(f"{out}: {lock_holder(out / LOCK)} is working on it; wait for it to end")
     work = out / ".partial"
-    folder = os.open(out, os.O_RDONLY)  # a lock on it ends with the process, however that ends
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{out}: another process is working on it; wait for it to end") from error
+    with lock:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            if made:
-                with contextlib.suppress(OSError):  # not empty
-                    out.rmdir()
-    finally:
-        os.close(folder)
+            if made and os.listdir(out) == [LOCK]:
+                (out / LOCK).unlink()
+                out.rmdir()
 
 
 class _Watched:
@@ -221,7 +217,13 @@ def _annotations(
 
 
 def _cut(
-    split: str, options: Options, known: Part | None, opened: Opener, target: Path, work: Path
+    split: str,
+    options: Options,
+    known: Part | None,
+    opened: Opener,
+    target: Path,
+    work: Path,
+    local: bool,
 ) -> list[Image]:
     """Chooses the images of a split, or takes a manifest's, and writes their annotations to ``target``."""
     with opened() as (file, name):
@@ -238,7 +240,7 @@ def _cut(
     del contents
     written = work / target.name
     with opened() as (file, name):
-        images_cut = extract(file, name, ids, keep, written)
+        images_cut = extract(file, name, ids, keep, written, local)
     sha256 = sha256_of(written)
     if known and sha256 != known.json_sha256:
         raise InputError(f"{name}: gives another subset than the manifest; one of the two is no COCO 2017")
@@ -247,116 +249,3 @@ def _cut(
     target.parent.mkdir(exist_ok=True)
     written.replace(target)
     return images_cut
-
-
-def _strangers(out: Path, split: str, images: "list[Image] | tuple[Fetched, ...]") -> list[str]:
-    folder = out / f"{split}2017"
-    known = {image.file_name for image in images}
-    return (
-        sorted(f"{folder.name}/{name}" for name in os.listdir(folder) if name not in known)
-        if folder.is_dir()
-        else []
-    )
-
-
-def _collect(
-    out: Path,
-    chosen: dict[str, list[Image]],
-    manifest: Manifest | None,
-    source: Path | None,
-    downloader: Downloader,
-    work: Path,
-    report: Report,
-) -> dict[str, Part]:
-    """Brings every chosen image to its place, many at a time."""
-    for split, images in chosen.items():
-        (out / f"{split}2017").mkdir(exist_ok=True)
-        for name in _strangers(out, split, images)[:1]:
-            raise InputError(f"{out / name}: is not of this subset; choose another folder or remove the file")
-    known = {
-        (split, image.id): image.sha256
-        for split, part in (manifest.parts.items() if manifest else ())
-        for image in part.images
-    }
-    found: dict[tuple[str, int], Fetched] = {}
-    failures: list[str] = []
-    decoding = threading.BoundedSemaphore(os.cpu_count() or 1)  # bounds the memory for decoded pixels
-    jobs = [(split, image) for split, images in chosen.items() for image in images]
-
-    def bring(job: tuple[str, Image]) -> None:
-        split, image = job
-        place = out / f"{split}2017" / image.file_name
-        sha256 = b""
-
-        def accept(data: bytes) -> None:
-            nonlocal sha256
-            sha256 = hashlib.sha256(data).digest()
-            if known.get((split, image.id), sha256) != sha256:
-                raise ValueError("its SHA-256 is not the manifest's")
-            with decoding:
-                check_image(data, image)
-
-        try:
-            size = _intact(place, accept, downloader.network.largest_image)
-            if size is None and source is not None:
-                size = _link(source, place, accept, work / f"{split}-{image.file_name}", downloader.network)
-            elif size is None:
-                data = downloader.fetch(downloader.network.address(image.coco_url), accept)
-                (work / f"{split}-{image.file_name}").write_bytes(data)
-                (work / f"{split}-{image.file_name}").replace(place)
-                size = len(data)
-        except FetchError as error:
-            if not downloader.stop.is_set():
-                failures.append(f"{image.file_name} ({error})")
-                if len(failures) >= _MOST_FAILURES:
-                    downloader.stop.set()
-            return
-        found[split, image.id] = Fetched(image.id, image.file_name, size, sha256)
-        report("images", len(found), len(jobs))
-
-    for_each(jobs, bring, downloader.network.connections, downloader.stop)
-    if failures:
-        more = ", stopped there" if downloader.stop.is_set() else ""
-        raise InputError(
-            f"{out}: {len(jobs) - len(found)} of {len(jobs)} images missing{more}: {', '.join(failures)}; "
-            f"start again to fetch what is missing"
-        )
-    return {
-        split: Part(sha256_of(out / annotations_file(split)), tuple(found[split, i.id] for i in images))
-        for split, images in chosen.items()
-    }
-
-
-def _intact(place: Path, accept: Callable[[bytes], None], largest: int) -> int | None:
-    """The size of an image that is there and acceptable, else None."""
-    if not place.is_file() or place.stat().st_size > largest:
-        return None
-    data = place.read_bytes()
-    try:
-        accept(data)
-    except ValueError:
-        return None  # half or altered: it is replaced
-    return len(data)
-
-
-def _link(source: Path, place: Path, accept: Callable[[bytes], None], written: Path, network: Network) -> int:
-    """Takes an image from a COCO on disk."""
-    below = Path(place.parent.name, place.name)
-    path = next((p for p in (source / below, source / "images" / below) if p.is_file()), None)
-    if path is None:
-        raise FetchError(f"not in {source}")
-    if path.stat().st_size > network.largest_image:
-        raise FetchError(f"{path}: more than {network.largest_image} bytes")
-    data = path.read_bytes()
-    try:
-        accept(data)
-    except ValueError as error:
-        raise FetchError(f"{path}: {error}") from error
-    try:
-        os.link(path.resolve(), written)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        written.write_bytes(data)
-    written.replace(place)
-    return len(data)

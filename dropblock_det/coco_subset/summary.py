@@ -1,12 +1,23 @@
 """What a subset holds: counts per category and size class, and a plot of them."""
 
+import contextlib
 import io
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dropblock_det.coco_subset.json_stream import read_entries
+import msgspec
+
+from dropblock_det.coco_subset.records import (
+    AnnotationRecord,
+    CategoryRecord,
+    ImageRecord,
+    LicenseRecord,
+    read_records,
+)
 
 SIZES = ("small", "medium", "large")
 
@@ -37,32 +48,36 @@ class Summary:
 
 
 def summarize(path: Path) -> Summary:
-    """Counts what an annotation file of :func:`~dropblock_det.coco_subset.choose.extract` holds."""
+    """Counts what an annotation file of :func:`~dropblock_det.coco_subset.extract.extract` holds."""
     summary = Summary()
     names: dict[int, str] = {}
-    license_names: dict[object, str] = {}
-    licenses: Counter[object] = Counter()
+    license_names: dict[int | str, str] = {}
+    licenses: Counter[Any] = Counter()
     boxes: Counter[tuple[int, str]] = Counter()
     pairs: set[tuple[int, int]] = set()
     with path.open("rb") as file:
-        for key, entry in read_entries(file, str(path)):
-            if key == "images":
+        for record, entry in read_records(file, str(path)):
+            if isinstance(record, ImageRecord):
                 summary.images += 1
-                licenses[entry.get("license")] += 1
-            elif key == "annotations" and entry.get("iscrowd"):
+                licenses[record.license if isinstance(record.license, int | str) else None] += 1
+            elif isinstance(record, AnnotationRecord) and record.iscrowd:
                 summary.crowds += 1
-            elif key == "annotations":
-                boxes[entry["category_id"], _size_class(entry["area"])] += 1
-                pairs.add((entry["category_id"], entry["image_id"]))
-            elif key == "categories":
-                names[entry["id"]] = entry["name"]
-            elif key == "licenses":
-                license_names[entry["id"]] = entry["name"]
+            elif isinstance(record, AnnotationRecord):
+                area = record.bbox[2] * record.bbox[3] if record.area is None else record.area
+                boxes[record.category_id, _size_class(area)] += 1
+                pairs.add((record.category_id, record.image_id))
+            elif isinstance(record, CategoryRecord):
+                names[record.id] = record.name
+            elif record == "licenses":
+                with contextlib.suppress(msgspec.ValidationError):  # other programs put odd things there
+                    license = msgspec.convert(entry, LicenseRecord)
+                    license_names[license.id] = license.name
     with_category = Counter(category for category, _ in pairs)
     summary.empty = summary.images - len({image for _, image in pairs})
     summary.boxes = Counter({(names[category], size): count for (category, size), count in boxes.items()})
     summary.images_with = {name: with_category[category] for category, name in names.items()}
-    summary.licenses = Counter({license_names.get(key, "unknown"): n for key, n in licenses.items()})
+    for key, count in licenses.items():
+        summary.licenses[license_names.get(key, "unknown")] += count
     return summary
 
 
@@ -89,7 +104,9 @@ def plot(summaries: Mapping[str, Summary]) -> bytes:
     panels = figure.subplots(1, len(summaries), sharey=True, squeeze=False)[0]
     for axes, (split, summary) in zip(panels, summaries.items(), strict=True):
         counts = [summary.of_category(name) for name in names]
-        bars = axes.barh(names, counts, color="#4292c6")
+        bars = axes.barh(range(len(names)), counts, color="#4292c6")
+        # A name may hold what matplotlib reads as mathematics, and be longer than the picture.
+        axes.set_yticks(range(len(names)), [name[:40] for name in names], parse_math=False)
         axes.bar_label(bars, fontsize=6, padding=2)
         # A logarithm keeps a class with one box visible beside thousands of persons; linear below 1, for 0.
         axes.set_xscale("symlog", linthresh=1)
@@ -101,5 +118,7 @@ def plot(summaries: Mapping[str, Summary]) -> bytes:
         axes.tick_params(labelsize=7)
         axes.grid(axis="x", alpha=0.3)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     return picture.getvalue()

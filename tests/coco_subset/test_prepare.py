@@ -109,6 +109,35 @@ def test_source_that_lacks_something(tmp_path, site, image):
         prepare(tmp_path / "other", OPTIONS, source=tmp_path)
 
 
+@pytest.mark.parametrize("url", [None, ""])
+def test_a_source_of_ones_own_has_no_addresses(tmp_path, site, url):
+    source = unpack_site(site, tmp_path / "full")
+    for path in (source / "annotations").glob("instances_*.json"):
+        content = json.loads(path.read_text())
+        for entry in content["images"]:
+            entry["coco_url"] = url
+            if url is None:
+                del entry["coco_url"]
+        path.write_text(json.dumps(content))
+    manifest = prepare(tmp_path / "coco", OPTIONS, source=source)
+    assert verify(tmp_path / "coco", manifest) == []
+    prepare(tmp_path / "again", manifest, source=source)
+    assert tree(tmp_path / "again") == tree(tmp_path / "coco")
+    next((tmp_path / "coco" / "train2017").iterdir()).unlink()
+    with pytest.raises(InputError, match=r"\(it has no coco_url; give --source\)"):
+        prepare(tmp_path / "coco", OPTIONS, network=Network("http://127.0.0.1:1"))
+    prepare(tmp_path / "coco", OPTIONS, source=source)
+    assert verify(tmp_path / "coco", manifest) == []
+
+
+def test_what_desktops_leave_everywhere_is_no_stranger(tmp_path, server, right):
+    manifest = prepare(tmp_path / "coco", OPTIONS, network=network(server))
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._x.jpg"):
+        (tmp_path / "coco" / "train2017" / name).touch()
+    assert verify(tmp_path / "coco", manifest) == []
+    prepare(tmp_path / "coco", OPTIONS, network=network(server))
+
+
 def test_folder_of_something_else_is_left_alone(tmp_path, server, site):
     source = unpack_site(site, tmp_path / "full")
     before = tree(source)
@@ -122,7 +151,10 @@ def test_folder_of_something_else_is_left_alone(tmp_path, server, site):
 
 def test_two_processes_in_one_folder(tmp_path, server, site):
     (tmp_path / "coco").mkdir()
-    with prepare_module._sole_use(tmp_path / "coco"), pytest.raises(InputError, match="another process"):
+    with (
+        prepare_module._sole_use(tmp_path / "coco"),
+        pytest.raises(InputError, match=r"process \d+ on .* is working"),
+    ):
         prepare(tmp_path / "coco", OPTIONS, network=network(server))
 
 
@@ -149,7 +181,7 @@ def test_disk_full(tmp_path, site):
         pytest.skip("needs the right to mount a tmpfs")
     try:
         line = one_error_line(tool("--source", source, "--out", small / "coco", "--train", 30, "--val", 5))
-        assert "No space left on device; make room and start again" in line
+        assert "No space left on device (make room and start again" in line
         left = tree(small / "coco")
         assert MANIFEST not in left
         assert not any(".partial" in name for name in left)
@@ -175,16 +207,16 @@ def test_disk_that_refuses(tmp_path, server, right, monkeypatch, where, code):
         "manifest": MANIFEST,
         "archive": ".zip",
     }
-    replace = Path.replace
+    replace = os.replace
 
-    def refuse(self: Path, target: Path) -> Path:
+    def refuse(source: str, target: Path) -> None:
         if victims[where] in str(target):
-            raise OSError(code, os.strerror(code), str(self), None, str(target))
-        return replace(self, target)
+            raise OSError(code, os.strerror(code), str(source), None, str(target))
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", refuse)
-        with pytest.raises(InputError, match=f"{os.strerror(code)}; ") as caught:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(InputError, match=f"{victims[where]}.*: {os.strerror(code)}") as caught:
             prepare(tmp_path / "coco", OPTIONS, network=network(server))
     assert "\n" not in str(caught.value)
     present = {name: sha for name, sha in tree(tmp_path).items() if not name.endswith(".zip.partial")}
@@ -209,8 +241,9 @@ def test_file_size_limit(tmp_path, site):
 
 def test_place_that_is_no_folder(tmp_path, site):
     (tmp_path / "file").touch()
-    assert "choose a folder" in one_error_line(tool("--out", tmp_path / "file" / "coco"))
-    assert "choose a folder" in one_error_line(tool("--out", "/proc/coco"))
+    assert "file/coco: Not a directory" in one_error_line(tool("--out", tmp_path / "file" / "coco"))
+    assert "/proc/coco: No such file" in one_error_line(tool("--out", "/proc/coco"))
+    assert "out: got ''; give a file's or folder's name" in one_error_line(tool("--out", ""))
 
 
 # -------------------------------------------------------------------------------- the tool
@@ -259,15 +292,17 @@ def test_tool_from_start_to_end(tmp_path, site):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train", "-1"], "can't be negative"),
+        (["--train", "-1"], "train: got -1; Expected `int` >= 0"),
         (["--categories", "a,,b"], "empty name"),
         (["--mirror", "ftp://x"], "mirror: 'ftp://x' is no plain http"),
-        (["--verify"], "no such manifest"),
-        (["--from-manifest", "nothing.json"], "no such manifest"),
+        (["--verify"], "manifest.json: cannot be read: there is no such file"),
+        (["--from-manifest", "nothing.json"], "nothing.json: cannot be read: there is no such file"),
         (["--from-manifest", "/"], "/: cannot be read: Is a directory"),
         (["--source", "nowhere"], "not there; --source takes the folder"),
-        (["--train", "0", "--val", "0"], "nor both 0"),
-        (["--source", "nowhere", "--train", "9" * 30], "not there"),
+        (["--train", "0", "--val", "0"], "one of the two must have images"),
+        (["--train", "9" * 30], "Expected `int` <="),
+        (["--seed", "4294967296"], "seed: got 4294967296; Expected `int` <= 4294967295"),
+        (["--trian", "5"], "--help lists"),
     ],
 )
 def test_tool_refuses_in_one_line(tmp_path, arguments, message):

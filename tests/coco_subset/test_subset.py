@@ -15,17 +15,13 @@ from hypothesis import strategies as st
 from support.coco_like import PEAK_MB, annotations, write_full_size
 
 from dropblock_det.coco_subset import json_stream
-from dropblock_det.coco_subset.choose import (
-    Options,
-    category_ids,
-    choose,
-    extract,
-    read_contents,
-    read_images,
-)
+from dropblock_det.coco_subset.choose import Options, category_ids, choose, read_contents
+from dropblock_det.coco_subset.extract import extract, read_images
 from dropblock_det.coco_subset.json_stream import read_entries
 from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest
-from dropblock_det.coco_subset.summary import plot, summarize
+from dropblock_det.coco_subset.summary import SIZES, plot, summarize
+from dropblock_det.coco_subset.tool import show
+from dropblock_det.commands import PlainConsole
 from dropblock_det.errors import InputError
 
 
@@ -168,7 +164,16 @@ def test_too_many_asked():
 
 @pytest.mark.parametrize(
     "options",
-    [{"train": -1}, {"train": 0, "val": 0}, {"min_per_category": -1}, {"categories": ("a", "")}],
+    [
+        {"train": -1},
+        {"train": 0, "val": 0},
+        {"min_per_category": -1},
+        {"categories": ("a", "")},
+        {"train": 2**63},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"val": 1.5},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(InputError):
@@ -247,7 +252,7 @@ def test_crowds_do_not_count_as_boxes():
     "name",
     [
         "../evil.jpg", "/etc/passwd", "a/b.jpg", "a\\b.jpg", "C:evil.jpg", "..", ".", "", ".hidden.jpg",
-        "a\0.jpg", "a\n.jpg", "a.jpg ", "a.", "x" * 300 + ".jpg", "~root", "é.jpg", 7, None,
+        "a\0.jpg", "a\n.jpg", "a.jpg ", "a.", "x" * 300 + ".jpg", "~root", "é.jpg", "\ud800.jpg",
     ],
 )  # fmt: skip
 def test_file_names_stay_inside(tmp_path, name):
@@ -261,11 +266,10 @@ def test_file_names_stay_inside(tmp_path, name):
 @pytest.mark.parametrize(
     "url",
     [
-        "file:///etc/passwd", "ftp://h/a.jpg", "gopher://h/", "//h/a.jpg", "a.jpg", "", "http://",
+        "file:///etc/passwd", "ftp://h/a.jpg", "gopher://h/", "//h/a.jpg", "a.jpg", "http://",
         "http:///a.jpg",
         "http://u:p@h/a.jpg", "http://h:port/a.jpg", "http://h/a b.jpg", "http://h/a\r\nHost: x", "data:,x",
-        5, None,
-        "http://[::1/a.jpg",
+        "http://[::1/a.jpg", None, "",
     ],
 )  # fmt: skip
 def test_only_plain_http_addresses(tmp_path, url):
@@ -280,13 +284,23 @@ def test_only_plain_http_addresses(tmp_path, url):
     [
         (lambda c: c["images"][2].update(width=0), "image 17: 0x"),
         (lambda c: c["images"][2].update(width=30000, height=30000), "no reasonable size"),
-        (lambda c: c["images"][2].update(width="9"), "no integer 'width'"),
-        (lambda c: c["images"][2].update(id=True), "no integer 'id'"),
+        (lambda c: c["images"][2].update(width="9"), r"got `str` - at `\$\.width`: {"),
+        (lambda c: c["images"][2].update(id=True), r"images: Expected `int`, got `bool` - at `\$\.id`"),
         (lambda c: c["images"][2].update(file_name="000000000024.JPG"), "two images are called"),
         (lambda c: c["images"].append(c["images"][2]), "image id 17 appears twice"),
         (lambda c: c["annotations"].append(c["annotations"][0]), "annotation id 11 appears twice"),
         (lambda c: c["images"].pop(2), "no image with id 17"),
-        (lambda c: c["annotations"].append({"id": 1}), "no integer 'image_id'"),
+        (lambda c: c["annotations"].append({"id": 1}), "Object missing required field `image_id`"),
+        (lambda c: c["annotations"][0].update(id=2**63), "annotations: Expected `int` <= 9007199254740992"),
+        (lambda c: c["images"][2].update(id=-1), "images: Expected `int` >= 0"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]), "annotations: Expected `float` >= 0"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), r"at `\$\.bbox\[2\]`"),
+        (lambda c: c["annotations"][0].update(area=float("nan")), r"at `\$\.area`"),
+        (lambda c: c["annotations"][0].update(score=float("nan")), "a record that JSON can't hold"),
+        (lambda c: c["images"][2].update(file_name=7), "images: Expected `str`, got `int`"),
+        (lambda c: c["images"][2].update(coco_url=5), "images: Expected `str | null`, got `int`"),
+        (lambda c: c["categories"][0].update(name="\ud800"), r"'\\ud800' is not a line of text"),
+        (lambda c: c["categories"][0].update(name="a\x1b[2J"), "is not a line of text"),
     ],
 )  # fmt: skip
 def test_unsound_records(tmp_path, change, message):
@@ -302,7 +316,9 @@ def test_unsound_records(tmp_path, change, message):
         (lambda c: c["images"].append(c["images"][2]), "image id 17 appears twice"),
         (lambda c: c["annotations"][0].update(category_id=99, iscrowd=0), "category 99"),
         (lambda c: c["images"].clear(), "no images"),
-        (lambda c: c["annotations"].append([]), "no integer 'image_id'"),
+        (lambda c: c["annotations"].append([]), "annotations: Expected `object`, got `array`"),
+        (lambda c: c["categories"].append(c["categories"][0]), "category 1, 'thing 0', appears twice"),
+        (lambda c: c["categories"].append({"id": 99, "name": "thing 0"}), "category 99, 'thing 0', appears"),
     ],
 )
 def test_unsound_contents(change, message):
@@ -316,9 +332,9 @@ def test_unsound_contents(change, message):
 
 
 def test_manifest_comes_back_the_same(tmp_path):
-    images = (Fetched(3, "a.jpg", 5, bytes(32)), Fetched(4, "b.jpg", 6, bytes(range(32))))
-    for options in (Options(2, 0, -7, None, 2), Options(2, 0, 1 << 80, ("cat", "traffic light"), 0)):
-        manifest = Manifest(options, {"train": Part("ab" * 32, images)})
+    images = (Fetched(3, "a.jpg", 5, "00" * 32), Fetched(4, "b.jpg", 6, "1f" * 32))
+    for options in (Options(2, 0, 7, None, 2), Options(2, 0, 2**32 - 1, ("cat", "traffic light"), 0)):
+        manifest = Manifest(1, options, {"train": Part("ab" * 32, images)})
         (tmp_path / "m.json").write_bytes(manifest.dump())
         assert read_manifest(tmp_path / "m.json") == manifest
 
@@ -332,21 +348,43 @@ def test_manifest_comes_back_the_same(tmp_path):
         ('"train": {', '"../train": {'),
         ('"id": 3', '"id": 4'),
         ("00", "zz"),
-        ('"seed"', '"sead"'),
+        ('"seed": 0', '"seed": -1'),
+        ('"train": 2', '"train": "2"'),
+        ('"train": 2', '"train": 3'),
+        ('"val": 0', '"val": 1'),
+        ('"categories": null', '"categories": [7]'),
+        ("ab" * 32, "ab"),
+        ("a.jpg", "a.jpg\\n"),
         ("}", ""),
     ],
 )
 def test_manifest_is_not_trusted(tmp_path, old, new):
-    images = (Fetched(3, "a.jpg", 5, bytes(32)), Fetched(4, "b.jpg", 6, bytes(32)))
-    text = Manifest(Options(2, 0), {"train": Part("ab" * 32, images)}).dump().decode()
+    images = (Fetched(3, "a.jpg", 5, "00" * 32), Fetched(4, "b.jpg", 6, "00" * 32))
+    text = Manifest(1, Options(2, 0), {"train": Part("ab" * 32, images)}).dump().decode()
     assert old in text
     (tmp_path / "m.json").write_text(text.replace(old, new))
-    with pytest.raises(InputError, match=r"m\.json: no manifest"):
+    with pytest.raises(InputError, match=r"m\.json: not (what it should be|valid JSON)"):
+        read_manifest(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{}", b"[]", b"null", b'{"version": 1, "splits": {}}', b"\x80\x04K\x01.", b"[" * 100_000,
+        b'{"version": 1, "options": {}, "splits": {}}',
+        b'{"version": 1, "options": {"train": 0, "val": 0}, "splits": {}}',
+        b'{"version": 1, "options": {"train": 2, "val": 0}, "splits": {}}',
+        b'{"version": 1, "options": {"train": 0, "val": 2}, "splits": {"val": {"json_sha256": "x"}}}',
+    ],
+)  # fmt: skip
+def test_a_manifest_without_its_parts_is_none(tmp_path, text):
+    (tmp_path / "m.json").write_bytes(text)
+    with pytest.raises(InputError, match=r"m\.json: n[^\n]*"):
         read_manifest(tmp_path / "m.json")
 
 
 def test_missing_manifest(tmp_path):
-    with pytest.raises(InputError, match="no such manifest"):
+    with pytest.raises(InputError, match="there is no such file"):
         read_manifest(tmp_path / "m.json")
 
 
@@ -382,10 +420,49 @@ def test_summary_counts(tmp_path):
     assert picture == plot({"train": summary, "val": summary})
 
 
+HOSTILE = ["a[/b]c", r"$\frac{$", "[red]x", "日本", "x" * 400, "_^{", "<b>"]
+
+
+def test_names_are_never_read_as_markup(tmp_path, capsys):
+    full = annotations("train", 60, categories=len(HOSTILE))
+    for kind, name in zip(full["categories"], HOSTILE, strict=True):
+        kind["name"] = name
+    odd = ["bare", None, {"id": [1], "name": "x"}, {"id": 2}, {"id": 3, "name": "[/b]\x1b[2J\ud800"}]
+    full["licenses"] = odd
+    full["images"][0]["license"], full["images"][1]["license"] = [1], {"id": 3}
+    full["images"][2]["license"] = 3
+    for split in ("train", "val"):
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        cut(
+            full,
+            [image["id"] for image in full["images"]],
+            tmp_path / f"annotations/instances_{split}2017.json",
+        )
+    images = tuple(Fetched(image["id"], image["file_name"], 5, "00" * 32) for image in full["images"])
+    part = Part("ab" * 32, images)
+    manifest = Manifest(1, Options(60, 60, min_per_category=100), {"train": part, "val": part})
+    show(PlainConsole(), tmp_path, manifest)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in HOSTILE)
+    assert r"[/b]\x1b[2J\ud800" in printed
+    assert "\x1b" not in printed
+    assert "x unknown" in printed
+    assert (tmp_path / "classes.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_box_without_area_counts_by_its_sides(tmp_path):
+    full = annotations("train", 5)
+    full["annotations"] = [
+        {"id": side, "image_id": 3, "category_id": 1, "bbox": [0, 0, side, side]} for side in (31, 32, 95, 96)
+    ]
+    cut(full, [3], tmp_path / "part.json")
+    assert [summarize(tmp_path / "part.json").boxes["thing 0", size] for size in SIZES] == [1, 2, 1]
+
+
 def test_preparing_needs_neither_torch_nor_numpy():
     # torch alone takes more memory than the whole fetch may.
     code = (
-        "import sys, dropblock_det.coco_subset.prepare, dropblock_det.coco_subset.summary;"
+        "import sys, dropblock_det.coco_subset.prepare, dropblock_det.coco_subset.tool;"
         "heavy = {'torch', 'torchvision', 'lightning', 'numpy', 'matplotlib'} & sys.modules.keys();"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -15,6 +15,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server
+        if server.credentials is not None:  # it is a proxy, and asked by whole addresses
+            self.path = "/" + self.path.split("/", 3)[3]
+            if self.headers.get("Proxy-Authorization") != server.credentials:
+                return self.answer(407, b"who are you?", Proxy_Authenticate="Basic")
         with server.lock:
             server.asked[self.path] += 1
             server.headers_seen[self.path].append(dict(self.headers))
@@ -65,6 +69,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         self.headers_seen: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
         self.delay = 0.0
+        self.credentials: str | None = None
         self.lock = threading.Lock()
         self.ended = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -157,6 +162,31 @@ def trickle(handler: Handler, body: bytes) -> None:
         handler.wfile.write(bytes([byte]))
         if handler.server.ended.wait(0.05):
             break
+    handler.close_connection = True
+
+
+def drip_headers(handler: Handler, body: bytes) -> None:
+    """Header after header, each well within a socket's timeout, and never a body."""
+    handler.send_response(200)
+    handler.flush_headers()
+    while not handler.server.ended.wait(0.05):
+        handler.wfile.write(b"X")
+    handler.close_connection = True
+
+
+def continue_without_end(handler: Handler, body: bytes) -> None:
+    while not handler.server.ended.wait(0.02):
+        handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    handler.close_connection = True
+
+
+def drip_chunk_size(handler: Handler, body: bytes) -> None:
+    """Says how long the next piece is, digit by digit."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    while not handler.server.ended.wait(0.05):
+        handler.wfile.write(b"0")
     handler.close_connection = True
 
 

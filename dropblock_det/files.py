@@ -124,6 +124,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
+def check_replaceable(path: Path, *read: Path) -> None:
+    """Refuses a name for an output that would destroy something else: better before hours than after.
+
+    Args:
+        path: The output's name.
+        *read: What the same command reads.
+
+    Raises:
+        InputError: It is the name of a folder, a device or a link, or of a file that is read.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path}: not a regular file, so it is not replaced; give another name")
+    if path.exists() and any(other.exists() and path.samefile(other) for other in read):
+        raise InputError(f"{path}: is read by the same command, so it is not replaced; give another name")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Replaces a file whole: what is written goes beside it, to the disk, and then takes its name.
@@ -137,8 +153,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         InputError: The name is that of a folder, a device or a link.
         OSError: The disk refuses.
     """
-    if (path.exists() or path.is_symlink()) and (path.is_symlink() or not path.is_file()):
-        raise InputError(f"{path}: not a regular file, so it is not replaced; give another name")
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{_escaped(path.name)}.*.part"):
         _remove_if_abandoned(leftover)
@@ -152,8 +167,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide it from the rest of a group
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename2:
+            error.filename = str(path)  # a write knows no name, and that of the temporary file says nothing
         raise
 
 
@@ -187,6 +204,9 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_figure(path: Path, figure: Any) -> None:
     """:func:`write_bytes` of a matplotlib figure, as PNG."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        if "$" in text.get_text():  # a name from somewhere, and no formula; ticks get theirs when drawn
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from dropblock_det.errors import run_tool
-from dropblock_det.training.cli import train
+
+
+def main() -> None:
+    from dropblock_det.training.cli import train  # here, so that Ctrl-C ends the imports too
+
+    train(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+
 
 if __name__ == "__main__":
-    run_tool(lambda: train(Path(__file__).parents[1] / "configs" / "quickstart.yaml"))
+    run_tool(main)

@@ -102,10 +102,10 @@ def test_a_process_that_dies_ends_the_run_within_a_minute(victim, scenes, tmp_pa
     assert line.startswith(said)  # by Lightning's launcher, if that is the faster
 
 
-LAUNCHED = "import time; from dropblock_det.training.cli import end_with_launcher; end_with_launcher(); "
+LAUNCHED = "import time; from dropblock_det.training.launch import end_with_launcher; end_with_launcher(); "
 LAUNCHER = f"""
 import os, subprocess, sys, time
-from dropblock_det.training.cli import end_with_launcher
+from dropblock_det.training.launch import end_with_launcher
 end_with_launcher()
 code = {LAUNCHED + "print('ready', flush=True); time.sleep(600)"!r}
 child = subprocess.Popen([sys.executable, "-c", code], env={{**os.environ, "LOCAL_RANK": "1"}})

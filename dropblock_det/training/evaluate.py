@@ -1,0 +1,99 @@
+"""Evaluate as a command: the task's metrics of a checkpoint, from it and the images alone."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.table import Column, Table
+
+from dropblock_det.arguments import Count, checked_arguments
+from dropblock_det.commands import PlainConsole
+from dropblock_det.datasets.coco import CocoDataModule
+from dropblock_det.errors import InputError
+from dropblock_det.files import check_replaceable, write_json
+from dropblock_det.runs.recorder import load_checkpoint
+from dropblock_det.tasks.detection.coco_eval import FIGURES
+from dropblock_det.tasks.detection.module import RetinaNetModule
+from dropblock_det.training.launch import refusals
+
+
+@refusals()
+def evaluate(
+    checkpoint: Path,
+    data: Path | None = None,
+    images: str | None = None,
+    annotations: str | None = None,
+    results: Path | None = None,
+    batch_size: Count | None = None,
+    accelerator: str = "auto",
+    devices: Count = 1,
+) -> dict[str, float]:
+    """Evaluates a checkpoint: the twelve COCO figures and val_loss, from it and the images alone.
+
+    Args:
+        checkpoint: A .ckpt file that tools/train.py wrote.
+        data: COCO folder; by default that of the training.
+        images: Image folder below it; by default as in the training.
+        annotations: Annotation file below it; by default likewise.
+        results: Write the detections here, as COCO results JSON.
+        batch_size: Images per batch; by default as in the training.
+        accelerator: auto, cpu, gpu, ...
+        devices: How many of them.
+
+    Returns:
+        The figures by name.
+
+    Raises:
+        InputError: A checkpoint that is not ours, one with other categories than the data, or results that
+            would replace what is no regular file or is read here.
+    """
+    content = load_checkpoint(checkpoint)
+    given = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
+    given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
+    trained_on = checked_arguments(CocoDataModule, content["validation_data"], f"{checkpoint}: ")
+    datamodule = CocoDataModule(**{**trained_on, **given}, num_workers=0)
+    if results is not None:
+        check_replaceable(results, checkpoint, datamodule.val_annotations)
+    known, found = content["hyper_parameters"]["categories"], datamodule.val_dataset.categories
+    if found != known:
+        raise InputError(
+            f"{checkpoint}: trained on {_categories(known)}, but {datamodule.val_annotations} has "
+            f"{_categories(found)}; give --data with the categories of the training"
+        )
+    module = _module(content, checkpoint)
+    trainer = Trainer(
+        logger=False,
+        callbacks=[RichProgressBar()],
+        use_distributed_sampler=False,
+        accelerator=accelerator,
+        devices=devices,
+    )
+    trainer.validate(module, datamodule, verbose=False)
+    figures = {name: float(trainer.callback_metrics[name]) for name in (*FIGURES, "val_loss")}
+    if trainer.is_global_zero:
+        table = Table("figure", Column("value", justify="right"), title=str(checkpoint))
+        for name, value in figures.items():
+            table.add_row(name, f"{value:.4f}")
+        PlainConsole().print(table)
+        if results is not None:
+            write_json(results, module.detections)
+    return figures
+
+
+def _module(content: dict[str, Any], checkpoint: Path) -> RetinaNetModule:
+    checked_arguments(RetinaNetModule, content["hyper_parameters"], f"{checkpoint}: ")
+    try:
+        module = RetinaNetModule.from_checkpoint(content)
+    except (RuntimeError, TypeError) as error:  # load_state_dict names keys and shapes, a call its arguments
+        raise InputError(
+            f"{checkpoint}: its weights do not fit the model ({' '.join(str(error).split())[:200]})"
+        ) from None
+    if not all(value.isfinite().all() for value in module.state_dict().values()):
+        raise InputError(f"{checkpoint}: its weights are not finite numbers; give another checkpoint")
+    return module
+
+
+def _categories(categories: list[dict[str, Any]]) -> str:
+    names = [category["name"] for category in categories]
+    return f"{len(names)} categories ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

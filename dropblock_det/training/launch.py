@@ -1,0 +1,183 @@
+"""A run's process: alone in its folder, stopped by signals, left by other processes, refused by the machine."""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from dropblock_det.errors import InputError
+from dropblock_det.files import lock_holder, take_lock
+
+LOCK_NAME = ".training.lock"
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")  # all 0 or absent in the first process
+# What torch refuses in the middle of a step, and which settings change that.
+REFUSALS = {
+    "Expected more than 1 value per channel": "the last batch is too small for batch norm: give another "
+    "data.batch_size, or a larger model.min_size",
+    "out of memory|can't allocate memory": "out of memory: lower data.batch_size or the size of the images",
+}
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turns what Lightning and torch refuse because of a setting into one line.
+
+    Lightning has no exception of its own for that: it is what its code raises when called from this room,
+    with no method of our modules or callbacks in between, for those get no settings wrong but ours.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        for pattern, advice in REFUSALS.items():
+            if isinstance(error, RuntimeError | ValueError) and re.search(pattern, str(error)):
+                raise InputError(advice) from error
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        package = Path(__file__).parents[1]
+        last_of_ours = max(n for n, file in enumerate(files) if file.is_relative_to(package))
+        from_here = files[last_of_ours].parent == Path(__file__).parent
+        by_lightning = "lightning" in files[-1].parts and last_of_ours < len(files) - 1
+        if isinstance(error, MisconfigurationException) or (
+            from_here and by_lightning and not isinstance(error, OSError)
+        ):
+            raise InputError(f"trainer: {' '.join(str(error).split())[:400]}") from error
+        raise
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keeps other trainings out of a run's folder. The first of several processes does so for all.
+
+    Raises:
+        InputError: Another training has it.
+    """
+    if any(os.environ.get(name, "0") != "0" for name in RANKS):
+        yield
+        return
+    lock = take_lock(folder / LOCK_NAME)
+    if lock is None:
+        raise InputError(
+            f"{folder}: in use by another training ({lock_holder(folder / LOCK_NAME)}); "
+            "wait until it ends, or give another --output"
+        )
+    os.register_at_fork(after_in_child=lock.close)  # else workers would hold it after their parent was killed
+    with lock:
+        yield
+
+
+class Sound(Callback):
+    """Refuses a training that would end without a result, and ends one whose weights are no numbers."""
+
+    def __init__(self) -> None:
+        self._validated = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the first validation comes before the end.
+
+        Raises:
+            InputError: It doesn't.
+        """
+        if not sum(trainer.num_val_batches):  # type: ignore[arg-type]
+            raise InputError("trainer.limit_val_batches: leaves no validation, and so no result; leave it out")
+        every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if every and epochs and 0 < epochs < every:
+            raise InputError(
+                f"trainer.check_val_every_n_epoch: {every}, but there are {epochs} epochs: no validation, and so "
+                "no result; give fewer"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that there is a result."""
+        self._validated |= not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the run before a checkpoint is written where the weights are not finite.
+
+        Raises:
+            InputError: They are not.
+        """
+        values = [value for value in pl_module.state_dict().values() if value.is_floating_point()]
+        finite = all(bool(value.isfinite().all()) for value in values)
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            raise InputError(
+                f"epoch {trainer.current_epoch + 1}: stopped, weights are no longer finite; the last checkpoint "
+                "is kept: lower model.lr"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where max_steps, max_time or an early stop ended the run without a result.
+
+        Raises:
+            InputError: They did.
+        """
+        if not self._validated and not trainer.interrupted:
+            raise InputError(
+                f"ended at step {trainer.global_step}, before the first validation, and so without a result; "
+                "raise trainer.max_steps or trainer.max_time"
+            )
+
+
+def check_launcher(trainer: Trainer) -> None:
+    """Refuses strategies whose processes are forked or spawned by the first.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise InputError(
+            "trainer.strategy: processes that are spawned or forked leave their weights in temporary files; "
+            "give ddp"
+        )
+
+
+def fit(trainer: Trainer, model: LightningModule, data: Any, checkpoint: Path | None, folder: Path) -> None:
+    """Trains; when stopped from outside or left by another process, says how to go on and exits.
+
+    Exit status 143 after SIGTERM, 130 after Ctrl-C, 1 when another process has died.
+    """
+    go_on = f"--resume {folder} goes on from the last epoch"
+    # All processes log the same figures, which each has from the first: there is nothing to average.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to both signals
+        if trainer.is_global_zero:
+            print(f"stopped; {go_on}", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        lost = f"process {trainer.global_rank} lost another, which has died (see above)"
+        sys.exit(f"error: {lost}; {go_on}")
+
+
+def end_with_launcher() -> None:
+    """Ends a process that Lightning's launcher started when the one that started it has died.
+
+    Without this it may wait for that one as long as the backend's time limit, ten minutes with NCCL. The
+    launcher watches the others itself.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ["DROPBLOCK_DET_LAUNCHER"] = str(os.getpid())
+    elif launcher := os.environ.get("DROPBLOCK_DET_LAUNCHER"):
+
+        def watch() -> None:
+            while os.getppid() == int(launcher):
+                time.sleep(5)
+            print(f"error: the first process ({launcher}) has died, this one ends too", file=sys.stderr)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()

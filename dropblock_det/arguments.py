@@ -12,6 +12,7 @@ from dropblock_det.errors import InputError
 
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Natural = Annotated[int, Meta(ge=0, lt=2**31)]
+Side = Annotated[int, Meta(ge=1, le=2**16)]  # of an image or of what is seen on it, in pixels
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy's and Lightning's generators take
 Share = Annotated[float, Meta(ge=0, le=1)]
 Rate = Annotated[float, Meta(ge=0, le=1e6)]

@@ -60,7 +60,7 @@ def parsed(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(args))
     except (argparse.ArgumentError, UnicodeError) as error:
-        raise InputError(f"{' '.join(str(error).split())[:600]}; --help lists what there is") from None
+        raise InputError(f"{' '.join(str(error).split())[:500]}; --help lists what there is") from error
 
 
 def _help(documented: Any) -> str:

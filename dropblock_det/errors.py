@@ -27,7 +27,7 @@ def refusal(error: OSError) -> str:
         hint = "its links lead in a circle"
     else:
         hint = "check the name" if error.filename else ""
-    file = error.filename2 or error.filename
+    file = error.filename2 or error.filename or ("the network" if hasattr(error, "reason") else None)
     parts = [os.fsdecode(file) + ":" if isinstance(file, str | bytes | os.PathLike) else ""]
     parts += [error.strerror or str(getattr(error, "reason", error)), f"({hint})" if hint else ""]
     return " ".join(filter(None, parts))

@@ -49,7 +49,13 @@ SHORT = {"--on-nonfinite": "--model.on_nonfinite"}
 # Settings of the trainer that are not for the user: a run has its own, or could not be a run.
 OURS = ("logger", "plugins", "default_root_dir", "use_distributed_sampler", "fast_dev_run", "barebones")
 # Smallest values that make a training; Lightning takes smaller ones, and ends without a result.
-LEAST = {"max_epochs": 1, "accumulate_grad_batches": 1, "max_steps": 1, "log_every_n_steps": 0}
+LEAST = {
+    "max_epochs": 1,
+    "check_val_every_n_epoch": 1,
+    "accumulate_grad_batches": 1,
+    "max_steps": 1,
+    "log_every_n_steps": 0,
+}
 
 
 class DetectionCLI(LightningCLI):
@@ -82,7 +88,7 @@ class DetectionCLI(LightningCLI):
         try:
             self.config = parsed(parser, args)
         except InputError as error:
-            if denied := re.search("Importing '([^']+)' is not allowed", str(error)):
+            if denied := re.search("Importing '([^']+)' is not allowed", str(error.__cause__)):
                 raise InputError(
                     f"{denied[1]}: not imported; a class must be one of {', '.join(PACKAGES)}"
                 ) from None
@@ -131,7 +137,7 @@ class SaveConfig(SaveConfigCallback):
 
 def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """Returns every setting as plain data, as ``config.yaml`` holds it."""
-    resolved: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
+    resolved: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
     return resolved
 
 
@@ -142,7 +148,7 @@ def check_settings(config: dict[str, Any]) -> None:
         InputError: Names the setting.
     """
     for name in ("trainer", "model", "data", "regularize", "output", "seed_everything"):
-        if config.get(name) is None:
+        if config.get(name) in (None, {}):
             raise InputError(f"{name}: is null; leave it out, or give a value")
     if "resume" in config:
         raise InputError("resume: not a setting; give --resume RUN_FOLDER on the command line")
@@ -152,7 +158,9 @@ def check_settings(config: dict[str, Any]) -> None:
     trainer = config["trainer"]
     for name in OURS:
         if trainer[name] not in (None, False, True if name == "use_distributed_sampler" else None):
-            raise InputError(f"trainer.{name}: leave it out, a run has its own and writes below --output alone")
+            raise InputError(
+                f"trainer.{name}: leave it out, a run has its own and writes below --output alone"
+            )
     for name, least in LEAST.items():
         value = trainer[name]
         if value is not None and value < least and (name, value) != ("max_steps", -1):

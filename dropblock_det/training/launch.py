@@ -1,4 +1,4 @@
-"""A run's process: alone in its folder, stopped by signals, left by other processes, refused by the machine."""
+"""A run's process: alone in its folder, stopped by signals, left by others, refused by the machine."""
 
 import contextlib
 import os
@@ -15,17 +15,24 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import lock_holder, take_lock
 
 LOCK_NAME = ".training.lock"
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")  # all 0 or absent in the first process
+RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "SLURM_PROCID",
+)  # all 0 or absent in the first process
 # What torch refuses in the middle of a step, and which settings change that.
 REFUSALS = {
     "Expected more than 1 value per channel": "the last batch is too small for batch norm: give another "
     "data.batch_size, or a larger model.min_size",
+    "not implemented for '(Half|BFloat16)'": "trainer.precision: not for this device; give another",
     "out of memory|can't allocate memory": "out of memory: lower data.batch_size or the size of the images",
 }
 
@@ -34,25 +41,22 @@ REFUSALS = {
 def refusals() -> Iterator[None]:
     """Turns what Lightning and torch refuse because of a setting into one line.
 
-    Lightning has no exception of its own for that: it is what its code raises when called from this room,
-    with no method of our modules or callbacks in between, for those get no settings wrong but ours.
+    Lightning has no one exception for that: it is what its own code raises by a ``raise`` statement. A fault
+    of ours fails in our code, or inside a statement of a library.
     """
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
+        cause: BaseException | None = error
+        while cause:  # jsonargparse wraps what the constructor of a class refuses
+            if isinstance(cause, InputError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         for pattern, advice in REFUSALS.items():
             if isinstance(error, RuntimeError | ValueError) and re.search(pattern, str(error)):
                 raise InputError(advice) from error
-        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-        package = Path(__file__).parents[1]
-        last_of_ours = max(n for n, file in enumerate(files) if file.is_relative_to(package))
-        from_here = files[last_of_ours].parent == Path(__file__).parent
-        by_lightning = "lightning" in files[-1].parts and last_of_ours < len(files) - 1
-        if isinstance(error, MisconfigurationException) or (
-            from_here and by_lightning and not isinstance(error, OSError)
-        ):
+        raised = traceback.extract_tb(error.__traceback__)[-1]
+        if "lightning" in Path(raised.filename).parts and (raised.line or "").startswith("raise "):
             raise InputError(f"trainer: {' '.join(str(error).split())[:400]}") from error
         raise
 
@@ -91,13 +95,23 @@ class Sound(Callback):
             InputError: It doesn't.
         """
         if not sum(trainer.num_val_batches):  # type: ignore[arg-type]
-            raise InputError("trainer.limit_val_batches: leaves no validation, and so no result; leave it out")
+            raise InputError(
+                "trainer.limit_val_batches: leaves no validation, and so no result; leave it out"
+            )
         every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
         if every and epochs and 0 < epochs < every:
             raise InputError(
-                f"trainer.check_val_every_n_epoch: {every}, but there are {epochs} epochs: no validation, and so "
-                "no result; give fewer"
+                f"trainer.check_val_every_n_epoch: {every}, but there are {epochs} epochs: no validation, and "
+                "so no result; give fewer"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resumed run may have had its result before."""
+        return {"validated": self._validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self._validated = state_dict["validated"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that there is a result."""
@@ -113,12 +127,12 @@ class Sound(Callback):
         finite = all(bool(value.isfinite().all()) for value in values)
         if not trainer.strategy.reduce_boolean_decision(finite):
             raise InputError(
-                f"epoch {trainer.current_epoch + 1}: stopped, weights are no longer finite; the last checkpoint "
-                "is kept: lower model.lr"
+                f"epoch {trainer.current_epoch + 1}: stopped, weights are no longer finite; the checkpoint "
+                "before is kept: lower model.lr"
             )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so where max_steps, max_time or an early stop ended the run without a result.
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where a limit ended the run without a result, before it counts as finished.
 
         Raises:
             InputError: They did.
@@ -126,7 +140,7 @@ class Sound(Callback):
         if not self._validated and not trainer.interrupted:
             raise InputError(
                 f"ended at step {trainer.global_step}, before the first validation, and so without a result; "
-                "raise trainer.max_steps or trainer.max_time"
+                "raise the trainer's limits (limit_train_batches, max_steps, max_time)"
             )
 
 

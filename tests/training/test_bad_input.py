@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from PIL import Image
 from support.tiny_run import ROOT, start, train
 
 from dropblock_det.errors import InputError
-from dropblock_det.training import cli
+from dropblock_det.training.evaluate import evaluate
 
 
 @pytest.fixture
@@ -156,11 +157,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_training_says_what_is_wrong(case, coco, monkeypatch):
+def test_training_says_what_is_wrong(case, coco, monkeypatch, line_of):
     more, message = case(coco)
-    with pytest.raises(InputError, match=message) as error:
-        train(arguments(coco, *more), monkeypatch)
-    assert "\n" not in str(error.value)
+    assert re.search(message, line_of(lambda: train(arguments(coco, *more), monkeypatch)))
     assert not list(coco.glob("run/checkpoints/*"))
 
 
@@ -206,16 +205,16 @@ FILES = {
     "an unknown precision": ({"trainer": {"precision": "7"}}, "precision"),
     "a NaN as batch size": ({"data": {"init_args": {"batch_size": float("nan")}}}, "batch_size"),
     "an object of Python": (b"model: !!python/object/apply:os.system ['true']", "constructor for the tag"),
-    "itself": (b"model: &all {others: [*all]}", "alias holds itself"),
+    "itself": (b"model: &all {others: [*all]}", "an alias of itself"),
     "many times itself": (
         b"a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a]\nmodel: {lr: [*b,*b,*b,*b,*b,*b,*b]}",
         "model.lr",
     ),
-    "a list": (b"- 1\n- 2\n", "Unexpected config"),
-    "nothing": (b"", "Unexpected config"),
-    "not YAML": (b"model: [1, 2", "Problems parsing config"),
-    "not text": (bytes(range(256)), "utf-8"),
-    "nested deeply": (b"model: " + b"[" * 3000 + b"]" * 3000, "alias holds itself"),
+    "a list": (b"- 1\n- 2\n", "not a config"),
+    "nothing": (b"", "not a config"),
+    "not YAML": (b"model: [1, 2", "not valid YAML"),
+    "not text": (bytes(range(256)), "not valid YAML"),
+    "nested deeply": (b"model: " + b"[" * 3000 + b"]" * 3000, "nested too deeply"),
 }
 
 
@@ -300,7 +299,7 @@ def other_arguments(run, tmp_path):
     content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     content["hyper_parameters"]["depth"] = 101
     torch.save(content, tmp_path / "bad.ckpt")
-    return "its weights do not fit"
+    return "depth: there is no such argument"
 
 
 def other_model(run, tmp_path):
@@ -331,19 +330,15 @@ def other_model(run, tmp_path):
 def test_evaluating_a_bad_checkpoint(case, run, tmp_path):
     message = case(run, tmp_path)
     with pytest.raises(InputError, match=message) as error:
-        cli.evaluate(tmp_path / "bad.ckpt", {}, None, {"accelerator": "cpu"})
+        evaluate(tmp_path / "bad.ckpt", accelerator="cpu")
     assert "bad.ckpt" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_evaluating_on_other_categories(run, coco):
-    data = {
-        "root": str(coco),
-        "val_images": "val2017",
-        "val_annotations": "annotations/instances_val2017.json",
-    }
+    data = {"data": coco, "images": "val2017", "annotations": "annotations/instances_val2017.json"}
     with pytest.raises(InputError, match=r"trained on 5 categories \(disk, .*has 1 categories \(cat\)"):
-        cli.evaluate(run / "checkpoints" / "best.ckpt", data, None, {"accelerator": "cpu"})
+        evaluate(run / "checkpoints" / "best.ckpt", **data, accelerator="cpu")
 
 
 def test_evaluate_ends_with_status_2(tmp_path):

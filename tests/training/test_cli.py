@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn
 from dropblock_det.errors import InputError
 from dropblock_det.runs.recorder import AtomicCheckpointIO, newest_checkpoint
 from dropblock_det.training import cli
+from dropblock_det.training.evaluate import evaluate
+from dropblock_det.training.launch import LOCK_NAME, sole_use
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 FIGURES = ("loss", "val_loss", "mAP", "AP50", "AP75")
@@ -70,9 +73,8 @@ def two_threads():
 @pytest.mark.usefixtures("two_threads")
 def test_evaluating_the_checkpoint_gives_the_same_figures(run, tmp_path, capsys):
     best = max(json.loads((run / "summary.json").read_text())["epochs"], key=lambda epoch: epoch["mAP"])
-    figures = cli.evaluate(
-        run / "checkpoints" / "best.ckpt", {}, tmp_path / "results.json", {"accelerator": "cpu"}
-    )
+    best_checkpoint = run / "checkpoints" / "best.ckpt"
+    figures = evaluate(best_checkpoint, results=tmp_path / "results.json", accelerator="cpu")
     for name in ("val_loss", "mAP", "AP50", "AP75"):
         assert figures[name] == pytest.approx(best[name], abs=1e-6)
     assert "AR_large" in capsys.readouterr().out
@@ -129,12 +131,64 @@ def test_a_broken_record_is_named(record, run, tmp_path, line_of, monkeypatch):
 def test_shorter_ways_to_say_things(run):
     short = ["--on-nonfinite=skip", "--model.lr", "0.1"]
     assert cli.spelled_out(short, CONFIG) == [f"--config={CONFIG}", "--model.on_nonfinite=skip", *short[1:]]
-    assert cli.spelled_out(["--config", "a.yaml", "--on-nonfinite", "skip"], CONFIG) == [
-        *("--config", "a.yaml", "--model.on_nonfinite", "skip")
-    ]
+    given = ["--config", str(run / "config.yaml"), "--on-nonfinite", "skip"]
+    assert cli.spelled_out(given, CONFIG) == [*given[:2], "--model.on_nonfinite", "skip"]
     assert cli.spelled_out(["--trainer.devices=2", "--resume", str(run)], CONFIG) == [
-        *(f"--config={run}/config.yaml", f"--output={run}", "--trainer.devices=2")
+        *(f"--config={run}/config.yaml", "--trainer.devices=2", f"--output={run}")
     ]
+
+
+def test_a_run_is_resumed_in_its_own_folder(run, tmp_path, line_of):
+    resume = ["--resume", str(run), "--output", str(tmp_path / "other")]
+    assert f"--resume goes on in {run} itself" in line_of(lambda: cli.train(CONFIG, resume))
+    assert not (tmp_path / "other").exists()
+    assert cli.spelled_out(["--resume", str(run), f"--output={run}"], CONFIG)[-1] == f"--output={run}"
+
+
+def test_a_folder_in_use_is_left_alone(run, scenes, tmp_path, line_of, monkeypatch):
+    """A second start names the first; a forked worker that outlives the first does not keep the folder."""
+    folder = tmp_path / "run"
+    with sole_use(folder):
+        message = line_of(lambda: train(arguments(scenes, folder), monkeypatch))
+        assert f"{folder}: in use by another training (process {os.getpid()} on " in message
+        reading, writing = os.pipe()
+        worker = os.fork()
+        if not worker:
+            os.write(writing, b"1")
+            time.sleep(60)
+            os._exit(0)
+        os.read(reading, 1)
+    try:
+        with sole_use(folder):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+    assert [file.name for file in folder.iterdir()] == [LOCK_NAME]
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_one_of_several_processes_locks_the_folder(name, tmp_path, monkeypatch):
+    with sole_use(tmp_path):
+        monkeypatch.setenv(name, "1")
+        with sole_use(tmp_path):
+            pass
+
+
+def test_a_foreign_config_is_not_overwritten(scenes, tmp_path, line_of, monkeypatch):
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    assert "holds a run with other settings" in line_of(
+        lambda: train(arguments(scenes, tmp_path), monkeypatch)
+    )
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
+
+
+def test_without_the_best_checkpoint_it_is_not_named(run, scenes, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("*.ckpt"))
+    train(arguments(scenes, tmp_path / "moved"), monkeypatch)
+    printed = capsys.readouterr().out
+    assert "val_loss" in printed
+    assert ".ckpt" not in printed
 
 
 DIES_WHILE_WRITING = f"""
@@ -221,13 +275,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
 @pytest.mark.parametrize(
     ("results", "trainer", "message"),
     [
-        (".", {}, "is a folder; give --results a file name"),
-        ("no/x.json", {}, "its folder does not exist"),
+        (".", {}, "not a regular file, so it is not replaced"),
+        ("/dev/null", {}, "/dev/null: not a regular file, so it is not replaced"),
+        ("link", {}, "link: not a regular file, so it is not replaced"),
+        ("the checkpoint", {}, "is read by the same command, so it is not replaced"),
+        ("the annotations", {}, "is read by the same command, so it is not replaced"),
         ("x.json", {"accelerator": "nonsense"}, "trainer: You selected an invalid accelerator name"),
-        ("x.json", {"accelerator": "cpu", "devices": 0}, "trainer: `Trainer(devices=0)` value is not"),
+        ("x.json", {"devices": 0}, "trainer: `Trainer(devices=0)` value is not"),
     ],
 )
-def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run, tmp_path, line_of):
-    best = run / "checkpoints" / "best.ckpt"
-    assert message in line_of(lambda: cli.evaluate(best, {}, tmp_path / results, trainer))
-    assert list(tmp_path.iterdir()) == []
+def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run, scenes, tmp_path, line_of):
+    best, annotations = run / "checkpoints" / "best.ckpt", scenes / "annotations" / "val.json"
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    path = {"the checkpoint": best, "the annotations": annotations}.get(results, tmp_path / results)
+    before = best.stat(), annotations.stat()
+    assert message in line_of(lambda: evaluate(best, results=path, **{"accelerator": "cpu", **trainer}))
+    assert (best.stat(), annotations.stat()) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["link"]
+    assert Path("/dev/null").is_char_device()
+
+
+def test_the_figures_are_printed_before_the_results_are_written(run, tmp_path, capsys):
+    """A disk that is full at the end does not take the figures with it."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        evaluate(run / "checkpoints" / "best.ckpt", results=tmp_path / "file" / "x.json", accelerator="cpu")
+    assert "AR_large" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from dropblock_det.arguments import Count, Natural, Rate, Share, Side
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.schedule import lr_factor
@@ -51,19 +52,19 @@ class RetinaNetModule(LightningModule):
         categories: list[dict[str, Any]],
         weights: str | None = None,
         weights_backbone: str | None = None,
-        trainable_stages: int = 5,
+        trainable_stages: Natural = 5,
         norm: Literal["batch", "frozen"] = "batch",
-        min_size: int = 800,
-        max_size: int = 1333,
-        anchor_sizes: list[int] = [32, 64, 128, 256, 512],  # noqa: B006 (never changed; shown in --help)
-        score_thresh: float = 0.05,
-        detections_per_img: int = 100,
+        min_size: Side = 800,
+        max_size: Side = 1333,
+        anchor_sizes: list[Side] = [32, 64, 128, 256, 512],  # noqa: B006 (never changed; shown in --help)
+        score_thresh: Share = 0.05,
+        detections_per_img: Count = 100,
         optimizer: Literal["sgd", "adamw"] = "sgd",
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
+        lr: Rate = 0.01,
+        weight_decay: Rate = 1e-4,
         lr_schedule: Literal["constant", "cosine", "step"] = "cosine",
-        lr_milestones: list[float] = [0.8, 0.93],  # noqa: B006
-        warmup_steps: int = 500,
+        lr_milestones: list[Share] = [0.8, 0.93],  # noqa: B006
+        warmup_steps: Natural = 500,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         _load_weights: bool = True,
     ) -> None:

@@ -128,10 +128,11 @@ def test_an_overflow_in_float16_is_seen_in_the_log(scenes, tmp_path):
 EVALUATE = """
 import json, os, sys
 from pathlib import Path
-from dropblock_det.training import cli
+from dropblock_det.training.evaluate import evaluate
 checkpoint, results, devices = sys.argv[1:]
-trainer = {"accelerator": "cpu", "devices": int(devices)}
-figures = cli.evaluate(Path(checkpoint), {"batch_size": 2}, Path(results), trainer)
+figures = evaluate(
+    Path(checkpoint), batch_size=2, results=Path(results), accelerator="cpu", devices=int(devices)
+)
 Path(f"{results}.{os.environ.get('LOCAL_RANK', 0)}").write_text(json.dumps(figures))
 """
 

@@ -139,7 +139,7 @@ def check_same_config(folder: Path, config: Mapping[str, Any]) -> None:
     differences = list(config_differences({**read_config(folder), **here}, {**config, **here}))
     if differences:
         raise InputError(
-            f"{folder} holds a run with other settings ({'; '.join(differences)}); "
+            f"{folder} holds a run with other settings ({'; '.join(differences)[:400]}); "
             "keep those, or give another --output"
         )
 

@@ -49,7 +49,7 @@ def evaluate(
             would replace what is no regular file or is read here.
     """
     content = load_checkpoint(checkpoint)
-    given = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
+    given: dict[str, Any] = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
     given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
     trained_on = checked_arguments(CocoDataModule, content["validation_data"], f"{checkpoint}: ")
     datamodule = CocoDataModule(**{**trained_on, **given}, num_workers=0)

@@ -94,14 +94,14 @@ class Sound(Callback):
         Raises:
             InputError: It doesn't.
         """
-        if not sum(trainer.num_val_batches):  # type: ignore[arg-type]
+        if not sum(trainer.num_val_batches):
             raise InputError(
                 "trainer.limit_val_batches: leaves no validation, and so no result; leave it out"
             )
         every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
         if every and epochs and 0 < epochs < every:
             raise InputError(
-                f"trainer.check_val_every_n_epoch: {every}, but there are {epochs} epochs: no validation, and "
+                f"trainer.check_val_every_n_epoch: {every}, but {epochs} epochs: no validation, and "
                 "so no result; give fewer"
             )
 

@@ -77,7 +77,7 @@ def no_images_key(coco):
     content = json.loads(train_json(coco).read_text())
     del content["images"]
     train_json(coco).write_text(json.dumps(content))
-    return [], r'instances_train2017.json.*"images"'
+    return [], r"instances_train2017.json.*images"
 
 
 def image_missing(coco):
@@ -179,7 +179,7 @@ FILES = {
     "a foreign function": ({"data": {"class_path": "os.system"}}, "os.system: not imported"),
     "a foreign function in a callback": ({"trainer": {"callbacks": [CALLING]}}, "os.system: not imported"),
     "a foreign function by way of ours": (
-        {"trainer": {"callbacks": [{"class_path": "dropblock_det.training.cli.os.system"}]}},
+        {"trainer": {"callbacks": [{"class_path": "dropblock_det.training.launch.os.system"}]}},
         "system: not imported",
     ),
     "a class where a number belongs": ({"model": {"lr": CLASS}}, 'model.lr": Expected'),

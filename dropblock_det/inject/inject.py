@@ -6,8 +6,11 @@ parameters and its state-dict keys stay; all that walks, copies, moves or saves 
 """
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -17,15 +20,17 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
 
 from dropblock_det.errors import InputError
-from dropblock_det.inject.placement import Where, find_sites, is_channels_last, walk
-from dropblock_det.layers import DropBlock2d
+from dropblock_det.inject.active import is_kept_on, keep_on
+from dropblock_det.inject.backbones import walk
+from dropblock_det.inject.coverage import Coverage, measure_coverage
+from dropblock_det.inject.layout import Layout, find_layouts
+from dropblock_det.inject.placement import At, find_sites
 
 
-def regularize_(
-    model: nn.Module, make: Callable[[], nn.Module], at: Where | Iterable[Where] = "paper"
-) -> "RegularizerHandle":
+def regularize_(model: nn.Module, make: Callable[[], nn.Module], at: At = "paper") -> "RegularizerHandle":
     """Puts a regularizer behind each site that ``at`` selects. Changes ``model`` in place.
 
     State-dict keys, parameters and eval outputs stay those of the stock model. Everything is checked first,
@@ -36,28 +41,36 @@ def regularize_(
         make: Called once per site, returns a new regularizer: ``lambda: DropBlock2d(p=0.1, block_size=7)``,
             or any module without parameters or buffers that maps a tensor to one of its shape; called in
             training mode only.
-        at: A preset, a dotted pattern, a filter or a list of these, see
-            :func:`~dropblock_det.inject.placement.find_sites`. ``DropBlock2d`` and ``nn.Dropout2d`` need
-            sites with ``(N, C, H, W)`` outputs. Those of torchvision's transformers that have others are
-            refused; in networks that are not torchvision's, only ``nn.Linear`` and ``nn.LayerNorm`` are.
+        at: A preset, a dotted pattern, a filter, a list of these, or a mapping of presets and patterns to
+            factors on ``p``, see :func:`~dropblock_det.inject.placement.find_sites`. ``DropBlock2d`` and
+            ``nn.Dropout2d`` need sites with ``(N, C, H, W)`` outputs: others are refused here where they are
+            known, else at the first forward.
 
     Returns:
         The handle that lists the sites, sets ``p`` and removes the regularizers; also a context manager.
 
     Raises:
-        InputError: No match, a match inside another, a site that is regularized already or that cannot be, or
-            ``make`` returns something unfit for the site.
+        InputError: No match, a match inside another, a preset that meets what it does not understand, a site
+            that is regularized already or that cannot be, or ``make`` returns something unfit for the site.
     """
-    sites = find_sites(model, at)
+    return install(model, find_sites(model, at), make)
+
+
+def install(model: nn.Module, sites: dict[str, float], make: Callable[[], nn.Module]) -> "RegularizerHandle":
+    """As :func:`regularize_`, at sites that :func:`~dropblock_det.inject.placement.find_sites` has named."""
     modules = dict(walk(model))
     for site in sites:
-        _check_site(site, modules[site])
-    regularizers = [_check_regularizer(make()) for _ in sites]
-    if len({id(regularizer) for regularizer in regularizers}) < len(sites):
+        _check_site(site, modules)
+    regularizers = {site: _check_regularizer(make()) for site in sites}
+    if len({id(regularizer) for regularizer in regularizers.values()}) < len(sites):
         raise InputError("make returned the same module twice: it must build a new one on each call")
-    for site, regularizer in zip(sites, regularizers, strict=True):
-        check_layout(site, modules, regularizer)
-    for site, regularizer in zip(sites, regularizers, strict=True):
+    regularizer: Any
+    for site, layout in find_layouts(modules, regularizers).items():
+        regularizer = regularizers[site]
+        regularizer._use = Use(site, sites[site], layout)
+        if sites[site] != 1:
+            regularizer.p = regularizer._use.scaled(_p_of(site, regularizer))
+    for site, regularizer in regularizers.items():
         module = modules[site]
         if module is None:
             module = Skip()
@@ -67,30 +80,11 @@ def regularize_(
         near = next((t for m in (module, model) for t in (*m.parameters(), *m.buffers())), None)
         if near is not None and not near.is_meta:
             regularizer.to(near.device)
-        stock_class: Any = type(module)
-        module.__class__ = regularized(stock_class)
+        _change_class(module, regularized)
         # Of a batch norm whose statistics are frozen, see Regularized.eval, the block's mode tells more.
         block = model.get_submodule(site.rpartition(".")[0]) if isinstance(module, _BatchNorm) else module
         module.regularizer = regularizer.train(block.training)
-    return RegularizerHandle(model, sites)
-
-
-def check_layout(site: str, modules: dict[str, nn.Module | None], regularizer: nn.Module) -> None:
-    """Refuses a regularizer of ``(N, C, H, W)`` maps at a site that is known to put out something else.
-
-    Args:
-        site: A name in ``modules``.
-        modules: All of :func:`~dropblock_det.inject.placement.walk`.
-        regularizer: What ``make`` returned for the site.
-
-    Raises:
-        InputError: The channels are the last dimension there.
-    """
-    if isinstance(regularizer, (DropBlock2d, nn.Dropout2d)) and is_channels_last(modules, site):
-        raise InputError(
-            f"{site} has its channels in the last dimension and {type(regularizer).__name__} needs"
-            " (N, C, H, W): name another site, such as a convolution, or use nn.Dropout"
-        )
+    return RegularizerHandle(model, tuple(sites))
 
 
 def handle_of(model: nn.Module) -> "RegularizerHandle":
@@ -107,29 +101,100 @@ def handle_of(model: nn.Module) -> "RegularizerHandle":
     return RegularizerHandle(model, sites)
 
 
+@dataclass
+class Use:
+    """What a regularizer's site makes of it. Lies on the regularizer: copies and conversions take it along."""
+
+    site: str
+    factor: float
+    layout: Layout
+    ran: bool = False
+
+    def scaled(self, p: float) -> float:
+        """This site's drop probability, for one of all."""
+        if p * self.factor > 1:
+            raise InputError(f"p={p:g} times the factor {self.factor:g} at {self.site} is over 1: give less")
+        return p * self.factor
+
+
 @dataclass(eq=False, repr=False)
 class RegularizerHandle:
     """The regularizers in a model. Sites are kept by name: layers may be converted in the meantime."""
 
     model: nn.Module
     sites: tuple[str, ...]
+    _looked_for_idle: bool = field(default=False, init=False)
+
+    @property
+    def coverage(self) -> list[Coverage]:
+        """How many of the convolutions have a regularizer beside them, for each stage that has a site."""
+        return measure_coverage(self.model, self.sites)
+
+    @property
+    def idle_sites(self) -> tuple[str, ...]:
+        """The sites that have not run in training mode yet; for good, where a network never calls a layer."""
+        return tuple(site for site in self.sites if not self._site(site).regularizer._use.ran)
+
+    def warn_of_idle_sites(self) -> None:
+        """Warns, once, of sites that did not run. Called after the first training step, also by ``set_p``."""
+        idle = () if self._looked_for_idle else self.idle_sites
+        self._looked_for_idle = True
+        if idle:
+            names = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
+            warnings.warn(
+                f"{len(idle)} of {len(self.sites)} regularized sites did not run in the first training step:"
+                f" nothing is regularized at {names}",
+                stacklevel=3,
+            )
 
     def set_p(self, p: float) -> None:
-        """Sets the drop probability of every regularizer, in [0, 1]; what a schedule calls before a step."""
-        if not 0 <= p <= 1:
-            raise InputError(f"p must be between 0 and 1, not {p!r}")
-        for site in self.sites:
-            self._site(site).regularizer.p = p
+        """Sets the drop probability of every regularizer; what a schedule calls before a step.
+
+        Args:
+            p: In [0, 1]. A site to which ``at`` gave a factor gets the product.
+
+        Raises:
+            InputError: ``p`` is no such number, a product is over 1, or a regularizer has no ``p``. Then all
+                keep theirs.
+        """
+        values = self._each_p(p)
+        before = [(regularizer, regularizer.p) for regularizer, _ in values]
+        try:
+            for regularizer, value in values:
+                regularizer.p = value
+        except BaseException:
+            for regularizer, value in before:
+                regularizer.p = value
+            raise
+        if not self._looked_for_idle and len(self.idle_sites) < len(self.sites):
+            self.warn_of_idle_sites()
+
+    def active(self, p: float | None = None) -> AbstractContextManager[None]:
+        """Within ``with handle.active():`` the model is in eval mode, but its regularizers are on.
+
+        So batch norms rest and every forward draws new masks: Monte Carlo samples of the network. On leaving,
+        every module has its mode and ``p`` again, also after an exception. Blocks may be nested, and several
+        threads may be in one; the ``p`` given last holds for all.
+
+        Args:
+            p: Drop probability meanwhile, as for :meth:`set_p`; by default what it is.
+
+        Raises:
+            InputError: As for :meth:`set_p`.
+        """
+        values = [(self._site(site).regularizer, None) for site in self.sites] if p is None else self._each_p(p)
+        return keep_on(self.model, values)
 
     def remove(self) -> None:
         """Gives the stock model back. A second call does nothing."""
         modules = {site: self._site(site) for site in self.sites}
         for site, module in modules.items():
-            if type(module) is not regularized(module._stock_class):
-                raise InputError(f"{site} was wrapped as {type(module).__name__} later: undo that first")
+            cls = _class_before_parametrization(module)
+            if cls is not regularized(module._stock_class):
+                raise InputError(f"{site} was wrapped as {cls.__name__} later: undo that first")
         for site, module in modules.items():
             del module.regularizer
-            module.__class__ = module._stock_class
+            _change_class(module, lambda cls: cls._stock_class)
             if isinstance(module, Skip):
                 slot = site.rpartition(".")[2]  # the block itself: by name one may get a wrapper around it
                 block = next(m for m in self.model.modules() if m._modules.get(slot) is module)
@@ -137,10 +202,18 @@ class RegularizerHandle:
                 setattr(block, slot, None)
         self.sites = ()
 
+    def _each_p(self, p: float) -> list[tuple[Any, float]]:
+        if not isinstance(p, Real) or not 0 <= p <= 1:
+            raise InputError(f"p must be a number between 0 and 1, not {p!r}")
+        regularizers = [(site, self._site(site).regularizer) for site in self.sites]
+        for site, regularizer in regularizers:
+            _p_of(site, regularizer)
+        return [(regularizer, regularizer._use.scaled(p)) for _, regularizer in regularizers]
+
     def _site(self, name: str) -> Any:
         try:
             module = self.model.get_submodule(name)
-            module.regularizer, module._stock_class  # noqa: B018
+            module.regularizer._use, module._stock_class  # noqa: B018
         except AttributeError as error:
             raise InputError(f"{name} was replaced after regularize_: nothing regularizes it now") from error
         return module
@@ -161,7 +234,8 @@ class RegularizerHandle:
         where = self.sites[0]
         if len(self.sites) > 1:
             where = f"{len(self.sites)} sites: {self.sites[0]} ... {self.sites[-1]}"
-        return f"<{name} with {', '.join(kinds)} at {where}>"
+        covered = [f"{c.covered} of {c.convolutions} convolutions of {c.stage}" for c in self.coverage]
+        return f"<{name} with {', '.join(kinds)} at {'; '.join([where, *covered])}>"
 
 
 class Regularized(nn.Module):
@@ -178,7 +252,17 @@ class Regularized(nn.Module):
         if isinstance(y, Proxy):  # FX, as in create_feature_extractor, takes the regularizer as one node
             tracer: Any = y.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self.regularizer), (y,), {})
+        use: Any = self.regularizer._use
+        use.layout.check(use.site, y)
+        use.ran = True
         return self.regularizer(y)
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode, as always, and leaves a regularizer on that ``handle.active()`` keeps on."""
+        super().train(mode)
+        if is_kept_on(self.regularizer):
+            self.regularizer.train()
+        return self
 
     def eval(self) -> Any:
         """Of a batch norm: stops its running statistics, as people freeze them, and not its regularizer.
@@ -189,6 +273,10 @@ class Regularized(nn.Module):
             return super().eval()
         self.training = False
         return self
+
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks of each module first."""
+        raise InputError("torch.jit.script cannot take a regularized model: call remove() first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class exists in this process only: a copy or an unpickled module makes it anew.
@@ -223,14 +311,30 @@ def _keep_through_batch_norm_conversions() -> None:
     """
 
     def hook(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        if name == "regularizer" and isinstance(module, _BatchNorm) and not isinstance(module, Regularized):
-            stock_class: Any = type(module)
-            module.__class__ = regularized(stock_class)
+        ours = name == "regularizer" and hasattr(child, "_use")
+        if ours and isinstance(module, _BatchNorm) and not isinstance(module, Regularized):
+            _change_class(module, regularized)
 
     register_module_module_registration_hook(hook)
 
 
-def _check_site(name: str, module: nn.Module | None) -> None:
+def _class_before_parametrization(module: nn.Module) -> Any:
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _change_class(module: nn.Module, change: Callable[[Any], Any]) -> None:
+    """Changes a module's class; below the class that ``torch.nn.utils.parametrize`` put on top, if it did.
+
+    That class holds the parametrized tensors' properties and is found again by its place on top.
+    """
+    cls = change(_class_before_parametrization(module))
+    if is_parametrized(module):
+        cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(module))))
+    module.__class__ = cls
+
+
+def _check_site(name: str, modules: dict[str, nn.Module | None]) -> None:
+    module, parent = modules[name], modules[name.rpartition(".")[0]]
     reason = None
     if isinstance(module, Regularized):
         reason = "is regularized already: remove() that first"
@@ -242,8 +346,14 @@ def _check_site(name: str, module: nn.Module | None) -> None:
         reason = "is a TorchScript module: regularize the model before it is scripted or traced"
     elif isinstance(module, LazyModuleMixin):
         reason = "is lazy and changes its class at its first batch: run one batch first"
+    elif isinstance(module, nn.MultiheadAttention):
+        reason = "returns a pair, and a regularizer takes one tensor: name a layer after it"
+    elif isinstance(parent, nn.MultiheadAttention):
+        reason = "is never called, nn.MultiheadAttention only reads its weight: name a layer after the attention"
     elif module is not None and "forward" in module.__dict__:
         reason = "has a forward patched onto the instance: regularize the model before it is wrapped"
+    elif hasattr(module, "regularizer"):
+        reason = "has a `regularizer` of its own, where ours would go: name a layer in it or after it"
     if reason:
         raise InputError(f"{name} {reason}")
 
@@ -256,3 +366,9 @@ def _check_regularizer(regularizer: nn.Module) -> nn.Module:
             f"make returned a {type(regularizer).__name__} with parameters or buffers: use one without"
         )
     return regularizer
+
+
+def _p_of(site: str, regularizer: Any) -> float:
+    if not isinstance(getattr(regularizer, "p", None), Real):
+        raise InputError(f"the {type(regularizer).__name__} at {site} has no drop probability `p` to set")
+    return float(regularizer.p)

@@ -1,14 +1,16 @@
 """``list_sites``: see where regularizers would go, and what they would drop, before anything is changed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dropblock_det.inject.inject import check_layout, regularize_
-from dropblock_det.inject.placement import Where, find_sites, walk
+from dropblock_det.inject.backbones import walk
+from dropblock_det.inject.inject import install
+from dropblock_det.inject.layout import find_layouts
+from dropblock_det.inject.placement import At, find_sites
 from dropblock_det.layers import DropBlock2d
 from dropblock_det.ops.reference import corner_probability, expected_drop_share
 
@@ -20,6 +22,8 @@ class Site:
     name: str
     kind: str
     """Class of the module; ``identity skip`` where the block has none."""
+    p: float | None
+    """The drop probability there, ``None`` where the regularizer has none."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of the module's output in one run on the example; a head's layers run once per level."""
     shares: tuple[float | None, ...] = ()
@@ -27,10 +31,7 @@ class Site:
 
 
 def list_sites(
-    model: nn.Module,
-    at: Where | Iterable[Where] = "paper",
-    example: Any = None,
-    make: Callable[[], nn.Module] = DropBlock2d,
+    model: nn.Module, at: At = "paper", example: Any = None, make: Callable[[], nn.Module] = DropBlock2d
 ) -> list[Site]:
     """Lists the sites that ``at`` selects; the model is left as it was.
 
@@ -43,22 +44,43 @@ def list_sites(
         make: What would be put there; its share is computed, not drawn.
 
     Raises:
-        InputError: As for :func:`~dropblock_det.inject.inject.regularize_`.
+        InputError: As for :func:`~dropblock_det.inject.inject.regularize_`; with an example also where the
+            regularizer would misread a site's output.
     """
-    names = find_sites(model, at)
-    regularizer, modules = make(), dict(walk(model))
-    for name in names:
-        check_layout(name, modules, regularizer)
-    if example is None:
-        shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
-    else:
-        shapes = _shapes(model, names, example)
-    return [
-        Site(
-            name, _kind(model, name), tuple(shapes[name]), tuple(_share(regularizer, s) for s in shapes[name])
-        )
-        for name in names
-    ]
+    factors = find_sites(model, at)
+    made: dict[str, Any] = {name: make() for name in factors}
+    layouts = find_layouts(dict(walk(model)), made)
+    shapes = {name: [] for name in factors} if example is None else _shapes(model, factors, example)
+    sites = []
+    for name, regularizer in made.items():
+        for shape in shapes[name]:
+            layouts[name].check_shape(name, shape)
+        if factors[name] != 1:
+            regularizer.p *= factors[name]
+        shares = tuple(expected_share(regularizer, shape) for shape in shapes[name])
+        p = getattr(regularizer, "p", None)
+        sites.append(Site(name, _kind(model, name), p, tuple(shapes[name]), shares))
+    return sites
+
+
+def expected_share(regularizer: nn.Module, shape: tuple[int, ...]) -> float | None:
+    """The share of elements that a regularizer drops on average.
+
+    Args:
+        regularizer: ``DropBlock2d``, or a module whose attribute ``p`` is that share.
+        shape: Of its input.
+
+    Returns:
+        A number in [0, 1], or ``None`` where the regularizer does not tell.
+    """
+    if isinstance(regularizer, DropBlock2d):
+        if len(shape) != 4:
+            return None
+        k, (height, width) = regularizer.block_size, shape[2:]
+        gamma = corner_probability(regularizer.p, k, height, width, regularizer.calibration)
+        return expected_drop_share(gamma, k, height, width)
+    p = getattr(regularizer, "p", None)
+    return None if p is None else float(p)
 
 
 class _Recorder(nn.Module):
@@ -73,7 +95,7 @@ class _Recorder(nn.Module):
         return x
 
 
-def _shapes(model: nn.Module, names: tuple[str, ...], example: Any) -> dict[str, list[tuple[int, ...]]]:
+def _shapes(model: nn.Module, factors: dict[str, float], example: Any) -> dict[str, list[tuple[int, ...]]]:
     training = {module: module.training for module in model.modules()}
     recorders: list[_Recorder] = []
 
@@ -82,7 +104,7 @@ def _shapes(model: nn.Module, names: tuple[str, ...], example: Any) -> dict[str,
         return recorders[-1]
 
     try:
-        with regularize_(model, make, names), torch.no_grad():
+        with install(model, dict.fromkeys(factors, 1.0), make), torch.no_grad():
             model.eval()
             for recorder in recorders:  # regularizers run in training mode only
                 recorder.train()
@@ -90,21 +112,10 @@ def _shapes(model: nn.Module, names: tuple[str, ...], example: Any) -> dict[str,
     finally:
         for module, mode in training.items():
             module.training = mode
-    return {name: recorder.shapes for name, recorder in zip(names, recorders, strict=True)}
+    return {name: recorder.shapes for name, recorder in zip(factors, recorders, strict=True)}
 
 
 def _kind(model: nn.Module, name: str) -> str:
     parent, _, child = name.rpartition(".")
     module = getattr(model.get_submodule(parent), child)
     return "identity skip" if module is None else type(module).__name__
-
-
-def _share(regularizer: nn.Module, shape: tuple[int, ...]) -> float | None:
-    if isinstance(regularizer, DropBlock2d):
-        if len(shape) != 4:
-            return None
-        k, (height, width) = regularizer.block_size, shape[2:]
-        gamma = corner_probability(regularizer.p, k, height, width, regularizer.calibration)
-        return expected_drop_share(gamma, k, height, width)
-    p = getattr(regularizer, "p", None)
-    return None if p is None else float(p)

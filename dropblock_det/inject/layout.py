@@ -1,0 +1,87 @@
+"""Whether a site puts out maps ``(N, C, H, W)``, which some regularizers need."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dropblock_det.errors import InputError
+from dropblock_det.inject.backbones import parents
+from dropblock_det.inject.placement import is_channels_last
+from dropblock_det.layers import DropBlock2d
+
+OF_MAPS = (DropBlock2d, nn.Dropout2d)
+"""Regularizers that need ``(N, C, H, W)``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a regularizer expects of the outputs at its site."""
+
+    of_maps: bool
+    """Whether they must be ``(N, C, H, W)``."""
+    width: int | None
+    """Their last dimension if they are ``(N, H, W, C)``, where the layer that makes them may be one of those."""
+
+    def check(self, site: str, output: Any) -> None:
+        """Refuses an output that the regularizer would misread.
+
+        Raises:
+            InputError: It is no tensor, or no map with the channels first although the regularizer needs one.
+        """
+        if not isinstance(output, Tensor):
+            raise InputError(
+                f"{site} returns a {type(output).__name__}, and a regularizer takes one tensor: name a layer in it"
+            )
+        if self.of_maps:
+            self.check_shape(site, tuple(output.shape))
+
+    def check_shape(self, site: str, shape: tuple[int, ...]) -> None:
+        """The same for a shape."""
+        channels_last = self.width is not None and len(shape) == 4 and shape[3] == self.width != shape[1]
+        if self.of_maps and (len(shape) != 4 or channels_last):
+            raise InputError(
+                f"{site} puts out {shape}{', channels last,' * channels_last} and its regularizer needs"
+                " (N, C, H, W): name another site, such as a convolution, or use nn.Dropout"
+            )
+
+
+def find_layouts(
+    modules: dict[str, nn.Module | None], regularizers: dict[str, nn.Module]
+) -> dict[str, Layout]:
+    """What the regularizers expect at their sites.
+
+    Args:
+        modules: All of :func:`~dropblock_det.inject.backbones.walk`.
+        regularizers: Site -> what would go there.
+
+    Raises:
+        InputError: One needs ``(N, C, H, W)`` and the channels are known to be the last dimension at its site.
+    """
+    widths = _widths(modules)
+    found = {}
+    for site, regularizer in regularizers.items():
+        of_maps = isinstance(regularizer, OF_MAPS)
+        if of_maps and is_channels_last(modules, site):
+            raise InputError(
+                f"{site} has its channels in the last dimension and {type(regularizer).__name__} needs"
+                " (N, C, H, W): name another site, such as a convolution, or use nn.Dropout"
+            )
+        found[site] = Layout(of_maps, widths[site])
+    return found
+
+
+def _widths(modules: dict[str, nn.Module | None]) -> dict[str, int | None]:
+    """For each module the features of the last layer in it, or else before it, if that is of the last dimension."""
+    widths: dict[str, int | None] = {}
+    width = None
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear):
+            width = module.out_features
+        elif isinstance(module, nn.LayerNorm):
+            width = module.normalized_shape[-1]
+        elif module is not None and not module._modules and module._parameters:
+            width = None
+        for holder in (name, *parents(name)):
+            widths[holder] = width
+    return widths

@@ -13,7 +13,7 @@ import functools
 import inspect
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torchvision.models._api import register_model
 
 from dropblock_det.errors import InputError, run_tool
 from dropblock_det.inject.inject import regularize_
-from dropblock_det.inject.placement import Where
+from dropblock_det.inject.placement import At
 from dropblock_det.layers import DropBlock2d
 
 SUFFIX = "_dropblock"
@@ -54,9 +54,7 @@ def with_dropblock(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module
     """Wraps a builder: the same arguments, and those of DropBlock by keyword."""
 
     @functools.wraps(builder)
-    def build(
-        *args: Any, p: float = 0.1, block_size: int = 7, at: Where | Iterable[Where] = "paper", **kwargs: Any
-    ) -> nn.Module:
+    def build(*args: Any, p: float = 0.1, block_size: int = 7, at: At = "paper", **kwargs: Any) -> nn.Module:
         model = builder(*args, **kwargs)
         regularize_(model, lambda: DropBlock2d(p, block_size), at)
         return model

@@ -153,21 +153,3 @@ def test_no_site_is_said_before_training(tmp_path):
 def test_bad_arguments(arguments, message):
     with pytest.raises(InputError, match=message):
         Regularize(**{"regularizer": "dropblock", **arguments})
-
-
-def test_processes_draw_different_masks(tmp_path):
-    class SaveMasks(Watch):
-        def on_train_end(self, trainer, pl_module):
-            torch.save(self.masks, tmp_path / f"masks{trainer.global_rank}.pt")
-
-    fit(
-        tmp_path,
-        Regularize("dropblock", p=0.4, block_size=2, schedule="constant"),
-        SaveMasks(),
-        epochs=1,
-        strategy="ddp_fork",
-        devices=2,
-    )
-    first, second = (torch.load(tmp_path / f"masks{rank}.pt") for rank in range(2))
-    assert len(first) == len(second) == 2
-    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,4 +1,4 @@
-"""What torchvision's classes do that their structure does not show: tables, and how a class is looked up in them."""
+"""What torchvision's classes do that their structure does not show, as tables, and how to look them up."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -55,7 +55,7 @@ BLOCKS: dict[str, Block] = {
     "inception.BasicConv2d": Block(units=("",)),
 }
 
-# Names that carry a stage number. Other backbones are cut where a convolution or pooling lowers the resolution.
+# Names that carry a stage number. Other backbones are cut where the resolution is lowered.
 STAGE_NAME = re.compile(r"(?:^|\.)(?:layer|block|denseblock|stage|inception|Mixed_|blocks\.|stages\.)(\d+)")
 
 # Networks whose backbones have one task and are regularized together.

@@ -21,8 +21,8 @@ class Coverage:
 def measure_coverage(model: nn.Module, sites: Iterable[str]) -> list[Coverage]:
     """Counts, in each stage that has a site, the convolutions that a regularizer stands beside.
 
-    A convolution is covered by a site that is itself, that is among the norms and activations behind it (before
-    it, where none is behind), or that is a module which ends with it. Those of squeeze-and-excitation never are.
+    A convolution is covered if it is a site, if one of the norms and activations behind it is (or before it,
+    where none is behind), or if it is the last one in a site. Those of squeeze-and-excitation never are.
 
     Args:
         model: The model.

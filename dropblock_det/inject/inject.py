@@ -1,11 +1,5 @@
-"""``regularize_``: puts regularizers into a model in place, and takes them out again.
+"""``regularize_``: puts regularizers into a model in place, and takes them out again."""
 
-A site's module changes its class, as in PyTorch's ``fully_shard`` and ``parametrize``: a ``BatchNorm2d``
-becomes a ``RegularizedBatchNorm2d`` whose forward ends in ``self.regularizer(...)``. The module itself, its
-parameters and its state-dict keys stay; all that walks, copies, moves or saves modules sees the regularizer.
-"""
-
-import functools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,19 +9,24 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
-from torch.fx import Proxy
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.nn.utils.parametrize import is_parametrized
 
 from dropblock_det.errors import InputError
-from dropblock_det.inject.active import is_kept_on, keep_on
+from dropblock_det.inject.active import keep_on
 from dropblock_det.inject.backbones import walk
 from dropblock_det.inject.coverage import Coverage, measure_coverage
-from dropblock_det.inject.layout import Layout, find_layouts
+from dropblock_det.inject.layout import find_layouts
 from dropblock_det.inject.placement import At, find_sites
+from dropblock_det.inject.regularized import (
+    Regularized,
+    Skip,
+    Use,
+    change_class,
+    class_before_parametrization,
+    regularized,
+)
 
 
 def regularize_(model: nn.Module, make: Callable[[], nn.Module], at: At = "paper") -> "RegularizerHandle":
@@ -80,7 +79,7 @@ def install(model: nn.Module, sites: dict[str, float], make: Callable[[], nn.Mod
         near = next((t for m in (module, model) for t in (*m.parameters(), *m.buffers())), None)
         if near is not None and not near.is_meta:
             regularizer.to(near.device)
-        _change_class(module, regularized)
+        change_class(module, regularized)
         # Of a batch norm whose statistics are frozen, see Regularized.eval, the block's mode tells more.
         block = model.get_submodule(site.rpartition(".")[0]) if isinstance(module, _BatchNorm) else module
         module.regularizer = regularizer.train(block.training)
@@ -99,22 +98,6 @@ def handle_of(model: nn.Module) -> "RegularizerHandle":
             f"nothing in {type(model).__name__} is regularized: call regularize_(model, make) first"
         )
     return RegularizerHandle(model, sites)
-
-
-@dataclass
-class Use:
-    """What a regularizer's site makes of it. Lies on the regularizer: copies and conversions take it along."""
-
-    site: str
-    factor: float
-    layout: Layout
-    ran: bool = False
-
-    def scaled(self, p: float) -> float:
-        """This site's drop probability, for one of all."""
-        if p * self.factor > 1:
-            raise InputError(f"p={p:g} times the factor {self.factor:g} at {self.site} is over 1: give less")
-        return p * self.factor
 
 
 @dataclass(eq=False, repr=False)
@@ -182,19 +165,21 @@ class RegularizerHandle:
         Raises:
             InputError: As for :meth:`set_p`.
         """
-        values = [(self._site(site).regularizer, None) for site in self.sites] if p is None else self._each_p(p)
+        values = (
+            [(self._site(site).regularizer, None) for site in self.sites] if p is None else self._each_p(p)
+        )
         return keep_on(self.model, values)
 
     def remove(self) -> None:
         """Gives the stock model back. A second call does nothing."""
         modules = {site: self._site(site) for site in self.sites}
         for site, module in modules.items():
-            cls = _class_before_parametrization(module)
+            cls = class_before_parametrization(module)
             if cls is not regularized(module._stock_class):
                 raise InputError(f"{site} was wrapped as {cls.__name__} later: undo that first")
         for site, module in modules.items():
             del module.regularizer
-            _change_class(module, lambda cls: cls._stock_class)
+            change_class(module, lambda cls: cls._stock_class)
             if isinstance(module, Skip):
                 slot = site.rpartition(".")[2]  # the block itself: by name one may get a wrapper around it
                 block = next(m for m in self.model.modules() if m._modules.get(slot) is module)
@@ -205,14 +190,14 @@ class RegularizerHandle:
     def _each_p(self, p: float) -> list[tuple[Any, float]]:
         if not isinstance(p, Real) or not 0 <= p <= 1:
             raise InputError(f"p must be a number between 0 and 1, not {p!r}")
-        regularizers = [(site, self._site(site).regularizer) for site in self.sites]
+        regularizers: list[tuple[str, Any]] = [(site, self._site(site).regularizer) for site in self.sites]
         for site, regularizer in regularizers:
             _p_of(site, regularizer)
         return [(regularizer, regularizer._use.scaled(p)) for _, regularizer in regularizers]
 
     def _site(self, name: str) -> Any:
         try:
-            module = self.model.get_submodule(name)
+            module: Any = self.model.get_submodule(name)
             module.regularizer._use, module._stock_class  # noqa: B018
         except AttributeError as error:
             raise InputError(f"{name} was replaced after regularize_: nothing regularizes it now") from error
@@ -238,101 +223,6 @@ class RegularizerHandle:
         return f"<{name} with {', '.join(kinds)} at {'; '.join([where, *covered])}>"
 
 
-class Regularized(nn.Module):
-    """Mixed in before a site's own class by :func:`regularized`."""
-
-    regularizer: nn.Module
-    _stock_class: type
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock forward, then, in training mode, the regularizer."""
-        y = super().forward(*args, **kwargs)
-        if not self.regularizer.training:
-            return y
-        if isinstance(y, Proxy):  # FX, as in create_feature_extractor, takes the regularizer as one node
-            tracer: Any = y.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self.regularizer), (y,), {})
-        use: Any = self.regularizer._use
-        use.layout.check(use.site, y)
-        use.ran = True
-        return self.regularizer(y)
-
-    def train(self, mode: bool = True) -> Any:
-        """Sets the mode, as always, and leaves a regularizer on that ``handle.active()`` keeps on."""
-        super().train(mode)
-        if is_kept_on(self.regularizer):
-            self.regularizer.train()
-        return self
-
-    def eval(self) -> Any:
-        """Of a batch norm: stops its running statistics, as people freeze them, and not its regularizer.
-
-        ``eval()`` of any module around it comes here as ``train(False)`` and stops the regularizer too.
-        """
-        if not isinstance(self, _BatchNorm):
-            return super().eval()
-        self.training = False
-        return self
-
-    def __prepare_scriptable__(self) -> Any:
-        """What ``torch.jit.script`` asks of each module first."""
-        raise InputError("torch.jit.script cannot take a regularized model: call remove() first")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class exists in this process only: a copy or an unpickled module makes it anew.
-        _, _, *state = tuple(super().__reduce_ex__(protocol))
-        return _new_regularized, (self._stock_class,), *state
-
-
-@functools.cache
-def regularized(stock_class: Any) -> Any:
-    """The class of regularized modules of a stock class, one per stock class."""
-    _keep_through_batch_norm_conversions()
-    # FX takes modules that say they are torch.nn's as leaves: a regularized one must stay what it was.
-    namespace = {"__module__": stock_class.__module__, "_stock_class": stock_class}
-    return type(f"Regularized{stock_class.__name__}", (Regularized, stock_class), namespace)
-
-
-def _new_regularized(stock_class: type) -> Any:
-    cls = regularized(stock_class)
-    return cls.__new__(cls)
-
-
-class Skip(nn.Identity):
-    """Stands on an identity skip, where the block keeps ``None``."""
-
-
-@functools.cache
-def _keep_through_batch_norm_conversions() -> None:
-    """Lets regularizers survive ``SyncBatchNorm.convert_sync_batchnorm`` and Lightning's way back from it.
-
-    They build a new module for each batch norm and add the old one's children to it: a ``regularizer`` that
-    arrives in a plain batch norm makes it a regularized one.
-    """
-
-    def hook(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        ours = name == "regularizer" and hasattr(child, "_use")
-        if ours and isinstance(module, _BatchNorm) and not isinstance(module, Regularized):
-            _change_class(module, regularized)
-
-    register_module_module_registration_hook(hook)
-
-
-def _class_before_parametrization(module: nn.Module) -> Any:
-    return type(module).__bases__[0] if is_parametrized(module) else type(module)
-
-
-def _change_class(module: nn.Module, change: Callable[[Any], Any]) -> None:
-    """Changes a module's class; below the class that ``torch.nn.utils.parametrize`` put on top, if it did.
-
-    That class holds the parametrized tensors' properties and is found again by its place on top.
-    """
-    cls = change(_class_before_parametrization(module))
-    if is_parametrized(module):
-        cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(module))))
-    module.__class__ = cls
-
-
 def _check_site(name: str, modules: dict[str, nn.Module | None]) -> None:
     module, parent = modules[name], modules[name.rpartition(".")[0]]
     reason = None
@@ -349,7 +239,9 @@ def _check_site(name: str, modules: dict[str, nn.Module | None]) -> None:
     elif isinstance(module, nn.MultiheadAttention):
         reason = "returns a pair, and a regularizer takes one tensor: name a layer after it"
     elif isinstance(parent, nn.MultiheadAttention):
-        reason = "is never called, nn.MultiheadAttention only reads its weight: name a layer after the attention"
+        reason = (
+            "is never called, nn.MultiheadAttention only reads its weight: name a layer after the attention"
+        )
     elif module is not None and "forward" in module.__dict__:
         reason = "has a forward patched onto the instance: regularize the model before it is wrapped"
     elif hasattr(module, "regularizer"):

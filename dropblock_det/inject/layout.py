@@ -21,7 +21,7 @@ class Layout:
     of_maps: bool
     """Whether they must be ``(N, C, H, W)``."""
     width: int | None
-    """Their last dimension if they are ``(N, H, W, C)``, where the layer that makes them may be one of those."""
+    """What C is if they are ``(N, H, W, C)``; ``None`` where they are not, by the layer that makes them."""
 
     def check(self, site: str, output: Any) -> None:
         """Refuses an output that the regularizer would misread.
@@ -31,7 +31,8 @@ class Layout:
         """
         if not isinstance(output, Tensor):
             raise InputError(
-                f"{site} returns a {type(output).__name__}, and a regularizer takes one tensor: name a layer in it"
+                f"{site} returns a {type(output).__name__}, and a regularizer takes one tensor:"
+                " name a layer in it"
             )
         if self.of_maps:
             self.check_shape(site, tuple(output.shape))
@@ -56,7 +57,7 @@ def find_layouts(
         regularizers: Site -> what would go there.
 
     Raises:
-        InputError: One needs ``(N, C, H, W)`` and the channels are known to be the last dimension at its site.
+        InputError: One needs ``(N, C, H, W)`` and its site is known to have the channels last.
     """
     widths = _widths(modules)
     found = {}
@@ -72,7 +73,7 @@ def find_layouts(
 
 
 def _widths(modules: dict[str, nn.Module | None]) -> dict[str, int | None]:
-    """For each module the features of the last layer in it, or else before it, if that is of the last dimension."""
+    """The features of each module's last layer, or the last before it, if it works on the last dimension."""
     widths: dict[str, int | None] = {}
     width = None
     for name, module in modules.items():

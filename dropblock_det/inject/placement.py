@@ -1,7 +1,7 @@
 """Where regularizers go: a model and ``at`` in, dotted site names out. Nothing here changes a model.
 
-A *site* is a module whose output is regularized, or an attribute that a block keeps at ``None`` on an identity
-skip. A preset takes all units that it stands for or refuses: what is not understood is never left out.
+A *site* is a module whose output is regularized, or an attribute that a block keeps at ``None`` on an
+identity skip. A preset takes all units that it stands for or refuses: nothing is left out in silence.
 """
 
 import difflib
@@ -52,13 +52,13 @@ def find_sites(model: nn.Module, at: At) -> dict[str, float]:
     Args:
         model: Any module; networks are recognised wherever they are nested in it.
         at: A preset, a dotted pattern in which ``*`` is one segment, a filter ``(name, module) -> bool``, a
-            list of these, or a mapping of presets and patterns to factors on ``p``. Presets, see
-            :data:`PRESETS`: ``"paper"`` (every conv-norm-activation unit and every skip in the last two stages
-            of the backbone), ``"paper_groups"`` (the same with the authors' factors: a quarter in the
-            last but one), ``"stageN"`` (one stage), ``"residual"`` (the end of each residual branch),
-            ``"fpn"`` (outputs of the feature pyramid), ``"head"`` (hidden units of detection and
-            segmentation heads), ``"pool"`` (after every pooling that lowers the resolution). ``"encoder:paper"``
-            is ``"paper"`` in the module named ``encoder``: of several backbones one has to be chosen.
+            list of these, or a mapping of presets and patterns to factors on ``p``. The presets are
+            ``"paper"`` (every conv-norm-activation unit and every skip in the last two stages of the
+            backbone), ``"paper_groups"`` (the same with the authors' factors: a quarter in the last but one),
+            ``"stageN"`` (one stage), ``"residual"`` (the end of each residual branch), ``"fpn"`` (outputs of
+            the feature pyramid), ``"head"`` (hidden units of detection and segmentation heads) and ``"pool"``
+            (every pooling that lowers the resolution). ``"encoder:paper"`` is ``"paper"`` in the module named
+            ``encoder``: of several backbones one has to be chosen.
 
     Returns:
         Distinct dotted names, each with its factor on ``p`` (1 where none is given). An ``nn.Sequential`` is
@@ -101,8 +101,10 @@ def _entries(at: At) -> list[tuple[Where, float]]:
     factors = dict(at) if isinstance(at, Mapping) else dict.fromkeys(at, 1.0)
     for where, factor in factors.items():
         if not (isinstance(where, str) or callable(where)):
-            raise InputError(f"at: got {where!r}, give a preset, a pattern or a filter (name, module) -> bool")
-        if not isinstance(factor, Real) or not 0 <= factor < math.inf:
+            raise InputError(
+                f"at: got {where!r}, give a preset, a pattern or a filter (name, module) -> bool"
+            )
+        if not isinstance(factor, Real) or not 0 <= float(factor) < math.inf:
             raise InputError(f"at: the factor of {where!r} must be a number of at least 0, not {factor!r}")
     return list(factors.items())
 
@@ -110,7 +112,9 @@ def _entries(at: At) -> list[tuple[Where, float]]:
 def _paper(model: nn.Module) -> dict[str, float]:
     """Every unit and every skip of the last two stages."""
     backbones = _backbones(model, "paper")
-    return {site: 1.0 for b in backbones for number in b.last_two for site in _known(model, b, number, "paper")}
+    return {
+        site: 1.0 for b in backbones for number in b.last_two for site in _known(model, b, number, "paper")
+    }
 
 
 def _paper_groups(model: nn.Module) -> dict[str, float]:
@@ -200,7 +204,9 @@ def _preset(model: nn.Module, where: str) -> dict[str, float] | None:
             names = dict(walk(model))
             part = names.get(scope)
             if part is None:
-                raise InputError(f"at={where!r}: {scope} is no module of {type(model).__name__}{_near(scope, names)}")
+                raise InputError(
+                    f"at={where!r}: {scope} is no module of {type(model).__name__}{_near(scope, names)}"
+                )
             sites = find(part, *match.groups())
             if not sites:
                 raise _refuse(part, preset, "nothing of that kind was found")
@@ -248,9 +254,11 @@ def _refuse(model: nn.Module, preset: str, why: str, place: str = "") -> InputEr
 
 
 def _example(model: nn.Module, place: str) -> str:
-    """A pattern of convolutions, deep in a part of a network, that regularize_ takes; not those that predict."""
+    """A pattern of convolutions deep in a part of a network, but not of those that predict."""
     modules = {name: module for name, module in walk(model) if module is not None}
-    leaves = [name for name, module in modules.items() if not module._modules or is_norm_or_activation(module)]
+    leaves = [
+        name for name, module in modules.items() if not module._modules or is_norm_or_activation(module)
+    ]
     normed = {name for name, after in itertools.pairwise(leaves) if is_norm_or_activation(modules[after])}
     convolutions = [n for n in leaves if isinstance(modules[n], nn.Conv2d) and within(n, place)]
     if not convolutions:

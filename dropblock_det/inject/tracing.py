@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn import functional
 
 from dropblock_det.inject.blocks import Block, has_convolution, is_norm_or_activation, stock_class
 
@@ -24,8 +24,26 @@ SKIP_SLOTS = ("downsample", "shortcut", "skip", "proj")
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_ACTIVATIONS = {torch.relu, F.relu, F.relu6, F.leaky_relu, F.silu, F.gelu, F.hardswish, F.elu, F.mish, "relu", "relu_"}
-_HARMLESS = {F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, torch.cat}
+_ACTIVATIONS = {
+    torch.relu,
+    functional.relu,
+    functional.relu6,
+    functional.leaky_relu,
+    functional.silu,
+    functional.gelu,
+    functional.hardswish,
+    functional.elu,
+    functional.mish,
+    "relu",
+    "relu_",
+}
+_HARMLESS = {
+    functional.dropout,
+    functional.dropout2d,
+    functional.max_pool2d,
+    functional.avg_pool2d,
+    torch.cat,
+}
 
 
 class NotUnderstoodError(Exception):
@@ -128,7 +146,12 @@ def _kind(module: nn.Module, node: fx.Node) -> str:
         except NotUnderstoodError:
             return "part"  # whoever looks into it will say why
     if node.op in ("call_function", "call_method"):
-        tables = {"sum": _SUMS, "product": _PRODUCTS, "activation": _ACTIVATIONS, "harmless": _HARMLESS}
+        tables: dict[str, set[Any]] = {
+            "sum": _SUMS,
+            "product": _PRODUCTS,
+            "activation": _ACTIVATIONS,
+            "harmless": _HARMLESS,
+        }
         return next((kind for kind, table in tables.items() if node.target in table), "unknown")
     return node.op
 
@@ -161,10 +184,9 @@ def _unit_ends(
         ends.append(_last_called_once(module, before, calls))
     if after:
         ends.append(_last_called_once(module, [convolution, *after], calls))
-    found = [end for end in ends if end]
-    if not found and not before:
-        raise NotUnderstoodError(f"neither a norm nor an activation is beside {convolution.target}")
-    return found
+    if "" in ends or not (before or after):
+        raise NotUnderstoodError(f"no norm or activation stands beside {convolution.target} alone")
+    return ends
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -196,16 +218,9 @@ def _residual(module: nn.Module, total: fx.Node, kinds: dict[fx.Node, str], unit
             raise NotUnderstoodError("what its forward adds is not known")
         return node
 
-    summands = list(total.args)
+    summands: list[Any] = list(total.args)
     identity = [node for node in summands if source(node).op == "placeholder"]
-    called_on_input = [
-        node
-        for node in summands
-        if isinstance(node, fx.Node)
-        and node.op == "call_module"
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "placeholder"
-    ]
+    called_on_input = [node for node in summands if _takes_input(node)]
     if len(identity) == 1:
         skip, slot = identity[0], _skip_slot(module) if identity[0].op == "placeholder" else ""
     elif not identity and called_on_input:
@@ -224,11 +239,17 @@ def _residual(module: nn.Module, total: fx.Node, kinds: dict[fx.Node, str], unit
     )
 
 
+def _takes_input(node: Any) -> bool:
+    """Whether a node is a module called on the block's input."""
+    called = isinstance(node, fx.Node) and node.op == "call_module"
+    return called and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+
+
 def _skip_slot(module: nn.Module) -> str:
     """The attribute that is ``None`` now and, were it a module, would be called on the skip."""
     for slot in SKIP_SLOTS:
         if getattr(module, slot, 0) is None:
             for node in _trace(module, {slot: nn.Identity()}).nodes:
-                if node.target == slot and node.op == "call_module" and node.args[0].op == "placeholder":
+                if node.target == slot and _takes_input(node):
                     return slot
     return ""

@@ -8,7 +8,9 @@ import torchvision
 from torch import nn
 
 from dropblock_det.errors import InputError
-from dropblock_det.inject.placement import find_sites, is_channels_last, runs_in_order, walk
+from dropblock_det.inject.backbones import walk
+from dropblock_det.inject.blocks import runs_in_order
+from dropblock_det.inject.placement import find_sites, is_channels_last
 from dropblock_det.torchvision_models import build_without_weights
 
 
@@ -50,7 +52,7 @@ def test_head_is_the_hidden_units_and_never_a_prediction(retinanet):
 
 
 def test_star_is_one_segment_and_a_sequential_means_its_last_layer(retinanet):
-    assert find_sites(retinanet, "backbone.body.*") == (
+    assert tuple(find_sites(retinanet, "backbone.body.*")) == (
         "backbone.body.conv1",
         "backbone.body.bn1",
         "backbone.body.relu",
@@ -70,7 +72,10 @@ def test_star_is_one_segment_and_a_sequential_means_its_last_layer(retinanet):
 
 def test_a_list_mixes_presets_patterns_and_filters_and_counts_each_site_once(retinanet):
     at = ["fpn", "backbone.fpn.layer_blocks.0", lambda name, module: name.endswith("cls_logits")]
-    assert find_sites(retinanet, at) == (*find_sites(retinanet, "fpn"), "head.classification_head.cls_logits")
+    assert tuple(find_sites(retinanet, at)) == (
+        *find_sites(retinanet, "fpn"),
+        "head.classification_head.cls_logits",
+    )
 
 
 def test_models_are_found_inside_others(retinanet):
@@ -80,14 +85,14 @@ def test_models_are_found_inside_others(retinanet):
             self.model = nn.DataParallel(retinanet)
 
     for preset in ("paper", "fpn", "head"):
-        assert find_sites(Theirs(), preset) == tuple(
+        assert tuple(find_sites(Theirs(), preset)) == tuple(
             f"model.module.{site}" for site in find_sites(retinanet, preset)
         )
 
 
 def test_a_module_with_two_names_is_one_site():
     shared = nn.Conv2d(3, 3, 1)
-    assert find_sites(nn.ModuleDict({"a": shared, "b": shared}), ["a", "b"]) == ("a",)
+    assert tuple(find_sites(nn.ModuleDict({"a": shared, "b": shared}), ["a", "b"])) == ("a",)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_an_example_gives_shapes_and_shares_and_leaves_the_model_alone(resnet):
     modes = [module.training for module in resnet.modules()]
     before, state = repr(resnet), {key: value.clone() for key, value in resnet.state_dict().items()}
     sites = list_sites(resnet, ["stage3", "fc"], torch.rand(2, 3, 96, 64), lambda: nn.Dropout(0.25))
-    assert sites[0] == Site("layer3.0.bn1", "BatchNorm2d", ((2, 256, 6, 4),), (0.25,))
-    assert sites[-1] == Site("fc", "Linear", ((2, 1000),), (0.25,))
+    assert sites[0] == Site("layer3.0.bn1", "BatchNorm2d", 0.25, ((2, 256, 6, 4),), (0.25,))
+    assert sites[-1] == Site("fc", "Linear", 0.25, ((2, 1000),), (0.25,))
     assert repr(resnet) == before
     assert [module.training for module in resnet.modules()] == modes
     assert all(torch.equal(state[key], value) for key, value in resnet.state_dict().items())

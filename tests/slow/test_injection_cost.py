@@ -13,8 +13,9 @@ import pytest
 import torch
 from torchvision.models.detection import retinanet_resnet50_fpn
 
+from dropblock_det.inject.backbones import walk
 from dropblock_det.inject.inject import regularize_
-from dropblock_det.inject.placement import find_sites, walk
+from dropblock_det.inject.placement import find_sites
 from dropblock_det.layers import DropBlock2d
 
 ROUNDS = 20

@@ -86,6 +86,6 @@ def _differences(axes: Axes, report: Report, metric: Metric, colours: dict[str, 
     better = f"; {metric.better} is better" if metric.better else ""
     axes.set_title(f"{_plain(metric.title)}: difference from {REFERENCE}, 95 % interval{better}", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(6))  # more would run into each other
-    axes.set_xlabel("filled dot: the interval leaves 0 out", fontsize=9)
+    axes.set_xlabel("filled dot: a difference is shown", fontsize=9)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -15,7 +15,7 @@ from dropblock_det.report.columns import BEST_GAP, GAP, LOSS, VAL_LOSS
 from dropblock_det.report.figure import report_figure
 from dropblock_det.report.results import SettingResult
 from dropblock_det.report.tables import Report, build_report, to_csv, to_markdown
-from dropblock_det.report.words import interval, number, verdict
+from dropblock_det.report.words import in_seeds, interval, number, verdict
 
 SCRIPTS = ("base", "answer", "curves", "gaps", "samples", "start")
 
@@ -64,6 +64,7 @@ def render_page(comparison: Comparison, report: Report) -> str:
         total=len(comparison.settings) * len(comparison.seeds),
         lead=_lead(comparison, report),
         first_answer=next(iter(report.answers.values()), "No run is finished yet."),
+        first_power=next(iter(report.power.values()), ""),
         last=report.last_epochs,
         headings=[
             ("setting", "name of the setting's file"),
@@ -150,15 +151,12 @@ def _data(comparison: Comparison, report: Report) -> dict[str, Any]:
         "losses": [name for name in (LOSS, VAL_LOSS) if name in report.columns],
         "gaps": [name for name in (GAP, BEST_GAP) if name in report.columns],
         "results": [
-            asdict(result)
-            | {
-                "verdicts": {
-                    n: verdict(report.columns[n].metric, c.difference) for n, c in result.cells.items()
-                }
-            }
+            asdict(result) | {"words": {name: _words(report, result, name) for name in report.answers}}
             for result in report.results
         ],
         "answers": report.answers,
+        "power": report.power,
+        "pairing": report.pairing,
         "columns": {
             name: asdict(column.metric) | {"epoch": column.epoch} for name, column in report.columns.items()
         },
@@ -166,6 +164,12 @@ def _data(comparison: Comparison, report: Report) -> dict[str, Any]:
         "images": list(images.values()),
         "predicted": predicted,
     }
+
+
+def _words(report: Report, result: SettingResult, name: str) -> dict[str, str]:
+    metric, difference = report.columns[name].metric, result.cells[name].difference
+    seeds = in_seeds(metric, difference) if difference else ""
+    return {"verdict": verdict(metric, difference), "seeds": seeds}
 
 
 def _thumbnail(comparison: Comparison, sample_id: str) -> str | None:

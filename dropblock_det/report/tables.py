@@ -9,7 +9,17 @@ from typing import Any
 from dropblock_det.comparison.gather import REFERENCE, Absent, Comparison
 from dropblock_det.report.columns import Column, columns
 from dropblock_det.report.results import SettingResult, setting_results
-from dropblock_det.report.words import answer, interval, markdown, notes, number, verdict
+from dropblock_det.report.words import (
+    answer,
+    in_seeds,
+    interval,
+    markdown,
+    notes,
+    number,
+    pairing,
+    power,
+    verdict,
+)
 from dropblock_det.tasks.metric import Metric
 
 
@@ -25,6 +35,8 @@ class Report:
         results: a setting each, the reference first.
         absent: the runs without a result.
         answers: one honest sentence for each compared column, the headline's first.
+        power: for each of them, what the comparison could have shown.
+        pairing: for each of them, whether pairing by seed helps.
         notes: what must be said with the numbers.
         last: the last epochs that are averaged.
     """
@@ -36,6 +48,8 @@ class Report:
     results: tuple[SettingResult, ...]
     absent: tuple[Absent, ...]
     answers: dict[str, str]
+    power: dict[str, str]
+    pairing: dict[str, str]
     notes: tuple[str, ...]
     last: int = 1
 
@@ -60,6 +74,8 @@ class Report:
             "results": self.results,
             "absent": self.absent,
             "answers": self.answers,
+            "power": self.power,
+            "pairing": self.pairing,
             "notes": self.notes,
         }
 
@@ -72,7 +88,7 @@ def build_report(comparison: Comparison, last: int = 1) -> Report:
         last: the last epochs that are averaged.
     """
     found = columns(comparison.metrics, last)
-    results = setting_results(comparison, found)
+    results, evidence = setting_results(comparison, found)
     compared = [name for name, column in found.items() if column.metric.compared]
     compared.sort(key=lambda name: (name != comparison.headline, found[name].epoch != "last"))
     return Report(
@@ -83,7 +99,9 @@ def build_report(comparison: Comparison, last: int = 1) -> Report:
         results,
         comparison.absent,
         {name: answer(found[name].metric, results) for name in compared},
-        tuple(notes(comparison, found)),
+        {n: power(found[n].metric, evidence[n], evidence[n].seeds) for n in compared if n in evidence},
+        {n: pairing(found[n].metric, evidence[n]) for n in compared if n in evidence},
+        tuple(notes(comparison, found, evidence)),
         last,
     )
 
@@ -96,10 +114,12 @@ def to_markdown(report: Report) -> str:
     def difference(result: SettingResult, metric: Metric) -> str:
         found = result.cells[metric.name].difference
         said = verdict(metric, found)
-        return f"{interval(metric, found)} {said}" if found else said
+        return f"{interval(metric, found)} {said}; {in_seeds(metric, found)}" if found else said
 
     lines = [f"# Did it help? {markdown(report.base)}", ""]
     lines += [f"- {markdown(report.answers[name])}" for name in report.leading]
+    lines += ["", "What this comparison could have shown:", ""]
+    lines += [f"- {markdown(report.power[name])}" for name in report.leading if name in report.power]
     lines += ["", "## Mean ± standard deviation over seeds", ""]
     lines += _table(
         ["setting", "seeds", *(metric.title for metric in metrics)],
@@ -142,15 +162,16 @@ def to_csv(report: Report) -> str:
     """One line per setting and column, unrounded, for a spreadsheet or a plotting script."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    header = ["seeds", "mean", "sd", "pairs", "difference", "low", "high", "verdict", "shown_jointly"]
+    header = ["seeds", "mean", "sd", "pairs", "above", "difference", "low", "high", "own_low", "own_high"]
+    header += ["pooled", "verdict"]
     writer.writerow(["setting", "column", *header])
     for result in report.results:
         for name, cell in result.cells.items():
             line: list[Any] = [result.setting, name, len(cell.values), cell.mean, cell.sd]
             if (d := cell.difference) is None:
-                line += [None] * 6
+                line += [None] * 9
             else:
                 said = verdict(report.columns[name].metric, d)
-                line += [d.seeds, d.mean, d.low, d.high, said, d.shown_jointly]
+                line += [d.pairs, d.above, d.mean, d.low, d.high, *(d.own or (None, None)), d.pooled, said]
             writer.writerow(line)
     return out.getvalue()

@@ -1,5 +1,6 @@
 """The words of a report: what its numbers let one say, and what they do not show."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 from dropblock_det.comparison.gather import REFERENCE, Comparison
 from dropblock_det.errors import printable
 from dropblock_det.report.columns import LOSS, VAL_LOSS, Column
-from dropblock_det.report.results import SettingResult, compared_settings
-from dropblock_det.report.statistics import CONFIDENCE, Difference
+from dropblock_det.report.power import seeds_for_half
+from dropblock_det.report.results import Evidence, SettingResult, compared_settings
+from dropblock_det.report.statistics import Difference
 from dropblock_det.tasks.metric import Metric
 
 
@@ -27,7 +29,7 @@ def number(metric: Metric, value: float | None, sd: float | None = None) -> str:
 
 
 def verdict(metric: Metric, difference: Difference | None) -> str:
-    """What a paired difference lets one say, and no more. ``*``: only while counted alone."""
+    """What a difference lets one say, and no more."""
     if difference is None:
         return "no pair with the same seed"
     if difference.low is None:
@@ -36,7 +38,13 @@ def verdict(metric: Metric, difference: Difference | None) -> str:
         return "no difference shown"
     direction = "lower" if difference.mean < 0 else "higher"
     judged = "" if metric.better is None else ": better" if direction == metric.better else ": worse"
-    return direction + judged + ("" if difference.shown_jointly else " *")
+    return direction + judged
+
+
+def in_seeds(metric: Metric, difference: Difference) -> str:
+    """In how many of its seeds a setting is better, or higher where neither direction is."""
+    hits = difference.pairs - difference.above if metric.better == "lower" else difference.above
+    return f"{'better' if metric.better else 'higher'} in {hits} of {difference.pairs} seeds"
 
 
 def interval(metric: Metric, difference: Difference) -> str:
@@ -72,7 +80,7 @@ def answer(metric: Metric, results: Sequence[SettingResult]) -> str:
         if hits:
             judged = "" if metric.better is None else " (better)" if metric.better == word else " (worse)"
             listed = "; ".join(
-                f"{s} {interval(metric, d)}{'' if d.shown_jointly else ' *'}"
+                f"{s} {interval(metric, d)}"
                 for s, d in sorted(hits.items(), key=lambda item: item[1].mean * -sign)
             )
             parts.append(f"{word} than {REFERENCE}{judged}: {listed}")
@@ -89,45 +97,117 @@ def answer(metric: Metric, results: Sequence[SettingResult]) -> str:
     )
 
 
-def notes(comparison: Comparison, columns: Mapping[str, Column]) -> list[str]:
+def power(metric: Metric, evidence: Evidence, seeds: int) -> str:
+    """What the comparison could have shown in a column, and what more seeds would add."""
+    title = printable(metric.title)
+    if evidence.detectable is None:
+        return (
+            f"{title}: it takes two seeds of {REFERENCE} and of another setting to say what could be shown."
+        )
+    found = evidence.detectable * metric.scale
+    digits = metric.digits if round(found, metric.digits) else metric.digits + 4
+    text = (
+        f"{title}: with these {seeds} seeds a true difference of {found:.{digits}f} would have been found "
+        "four times in five"
+    )
+    more = seeds_for_half(evidence.settings, seeds)
+    return f"{text}; half of it would take {more} seeds." if more else f"{text}."
+
+
+def pairing(metric: Metric, evidence: Evidence) -> str:
+    """Whether comparing runs of the same seed makes the comparison sharper."""
+    title, correlation = printable(metric.title), evidence.correlation
+    if correlation is None:
+        return f"{title}: too few runs to say whether pairing by seed helps."
+    if correlation < 0.1:
+        return (
+            f"{title}: runs with the same seed are no more alike than others (correlation "
+            f"{correlation:.2f}), so pairing by seed does not help here."
+        )
+    return (
+        f"{title}: runs with the same seed are alike (correlation {correlation:.2f}), and pairing by "
+        f"seed makes the intervals {math.sqrt(1 - correlation):.2f} times as wide as they would be."
+    )
+
+
+def notes(
+    comparison: Comparison, columns: Mapping[str, Column], evidence: Mapping[str, Evidence]
+) -> list[str]:
     """What must be said with the table, so that nobody reads more from it than it shows."""
     lines = []
     if comparison.absent:
         total = len(comparison.settings) * len(comparison.seeds)
-        lines.append(f"{len(comparison.absent)} of {total} runs have no result; their list says why.")
-    turned = [
-        min(losses) < losses[-1]
-        for record in comparison.records
-        if record.setting == REFERENCE and (losses := [value for _, value in record.values(VAL_LOSS)])
-    ]
-    if turned and not all(turned):
         lines.append(
-            f"{REFERENCE} was still improving at its last epoch in {turned.count(False)} of {len(turned)} "
-            f"runs (its {VAL_LOSS} did not turn up). A regularizer is a remedy for overfitting: at this "
-            "budget there may be nothing to remedy."
+            f"{len(comparison.absent)} of {total} runs have no result; their list says why. Differences are "
+            "estimated from the others by least squares."
         )
+    lines += _overfitting(comparison)
     lines += _learned_little(comparison, columns)
+    lines += _left_out(columns, evidence)
     compared = len(compared_settings(comparison))
-    if compared > 1:
-        chance = 100 * min(1.0, compared * (1 - CONFIDENCE))
-        lines.append(
-            f"{compared} settings are compared with {REFERENCE}. If none of them did anything, each 95 % "
-            "interval would still leave 0 out once in twenty times, one or more of them with a chance of up "
-            f"to {chance:.0f} %, and that for every column. A star marks a difference that is no longer "
-            "shown by the wider interval that counts them all (Bonferroni)."
-        )
     lines += [
-        "Intervals are 95 % Student t intervals of the paired differences (setting - none, same seed: same "
-        "initial weights, same data order). They say what other seeds would give, not what other images "
-        "would. Two seeds leave the interval 12.7 standard errors wide to each side, three 4.3: only large "
-        "effects show.",
-        "A best epoch is chosen on the same validation images that judge it: all settings gain from that a "
-        "little, so the last epoch is the one to go by.",
+        f"Intervals are 95 % intervals of the difference from {REFERENCE} with the same seed. Their error is "
+        f"that of all settings together, and they count all {compared} comparisons of a column (Dunnett): if "
+        "no setting did anything, one or more would leave 0 out in one comparison of twenty. There are many "
+        "columns, so go by the first.",
+        "A difference counts as shown where that interval and the setting's own t interval (96 %, from its "
+        "own seeds alone) both leave 0 out.",
+        _what_varies(comparison),
+        "The last epoch leads. A best epoch is chosen on the same validation images that judge it, which "
+        "flatters all settings a little.",
+        f"The learning rate and the other settings of the base config serve {REFERENCE}; a regularizer might "
+        "do better with others, such as a longer training.",
         f"The training loss is measured with the regularizer on, {VAL_LOSS} with it off. That alone raises "
         f"{LOSS} and narrows the gap ({VAL_LOSS} - {LOSS}), so a smaller gap is not by itself better "
         "generalization.",
     ]
     return lines + _inconsistencies(comparison)
+
+
+def _overfitting(comparison: Comparison) -> list[str]:
+    turned = [
+        min(losses) < losses[-1]
+        for record in comparison.records
+        if record.setting == REFERENCE and (losses := [value for _, value in record.values(VAL_LOSS)])
+    ]
+    if not turned or all(turned):
+        return []
+    return [
+        f"{REFERENCE} was still improving at its last epoch in {turned.count(False)} of {len(turned)} runs "
+        f"(its {VAL_LOSS} did not turn up). A regularizer is a remedy for overfitting: at this budget there "
+        "may be nothing to remedy."
+    ]
+
+
+def _left_out(columns: Mapping[str, Column], evidence: Mapping[str, Evidence]) -> list[str]:
+    where: dict[str, list[str]] = {}
+    for name, behind in evidence.items():
+        for setting in behind.left_out:
+            where.setdefault(setting, []).append(printable(columns[name].metric.title))
+    return [
+        f"{printable(setting)} varies far more between seeds than the other settings in {', '.join(titles)}: "
+        + (
+            "every setting is judged by its own differences there."
+            if setting == REFERENCE
+            else "there it is judged by its own differences, and the error of the others is without it."
+        )
+        for setting, titles in where.items()
+    ]
+
+
+def _what_varies(comparison: Comparison) -> str:
+    """Of what the intervals speak."""
+    hashes = {seed: {r.data_hash for r in comparison.records if r.seed == seed} for seed in comparison.seeds}
+    each_its_own = all(len(found) == 1 for found in hashes.values() if found)
+    if each_its_own and len(set().union(*hashes.values())) > 1:
+        return (
+            "Each seed drew a training subset of its own, the same for all settings: the intervals say what "
+            "other seeds and other training images would give."
+        )
+    return (
+        "All runs trained on the same images: the intervals say what other seeds would give, not what other "
+        "images would."
+    )
 
 
 def _learned_little(comparison: Comparison, columns: Mapping[str, Column]) -> list[str]:
@@ -147,7 +227,6 @@ def _inconsistencies(comparison: Comparison) -> list[str]:
     """Whatever makes the runs less comparable than they look."""
     records = comparison.records
     seen: dict[str, set[Any]] = {
-        "different data (data_hash)": {r.data_hash for r in records},
         "different numbers of epochs": {len(r.epochs) for r in records},
         "different versions of the libraries": {tuple(sorted(r.versions.items())) for r in records},
         "different hardware, so times and memory do not compare": {
@@ -156,8 +235,25 @@ def _inconsistencies(comparison: Comparison) -> list[str]:
     }
     lines = [f"Careful: the runs have {label}." for label, values in seen.items() if len(values) > 1]
     for seed in comparison.seeds:
-        if len({r.init_hash for r in records if r.seed == seed and r.init_hash}) > 1:
+        own = [r for r in records if r.seed == seed]
+        if len({r.init_hash for r in own if r.init_hash}) > 1:
             lines.append(
                 f"Careful: runs with seed {seed} started from different weights: their pairing means little."
             )
-    return lines
+        if len({r.data_hash for r in own}) > 1:
+            lines.append(f"Careful: runs with seed {seed} have different data (data_hash).")
+    return lines + _same_start(comparison)
+
+
+def _same_start(comparison: Comparison) -> list[str]:
+    """Seeds that should differ and do not: no runs of their own."""
+    started: dict[tuple[str, str], list[int]] = {}
+    for record in comparison.records:
+        if record.init_hash:
+            started.setdefault((record.setting, record.init_hash), []).append(record.seed)
+    return [
+        f"Careful: seeds {', '.join(map(str, seeds))} of {printable(setting)} started from the same weights: "
+        "these are no independent runs, and the intervals are too narrow."
+        for (setting, _), seeds in started.items()
+        if len(seeds) > 1
+    ]

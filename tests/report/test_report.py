@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import markdown_it
 import msgspec
+import numpy as np
 import pytest
 from support.label_runs import label_runs
 from support.synthetic_runs import SETTINGS, invented_runs, write_plan
@@ -14,9 +15,11 @@ from dropblock_det.comparison.gather import Absent, gather
 from dropblock_det.files import write_figure
 from dropblock_det.report.figure import report_figure
 from dropblock_det.report.page import render_page
-from dropblock_det.report.statistics import paired_difference
+from dropblock_det.report.power import detectable_difference, seeds_for_half
+from dropblock_det.report.results import Evidence
+from dropblock_det.report.statistics import Difference, analyse
 from dropblock_det.report.tables import build_report, to_csv, to_markdown
-from dropblock_det.report.words import interval, verdict
+from dropblock_det.report.words import in_seeds, interval, pairing, verdict
 from dropblock_det.tasks.metric import Metric
 
 QUALITY = Metric("quality", "quality", "higher")
@@ -24,17 +27,17 @@ LOSS = Metric("val_loss", "val_loss", "lower")
 GAP = Metric("gap", "gap")
 
 
-def test_all_comparisons_counted_needs_more():
-    values, reference = {0: 1.0, 1: 1.1, 2: 0.9}, {0: 0.5, 1: 0.45, 2: 0.6}
-    alone, of_six = paired_difference(values, reference, 1), paired_difference(values, reference, 6)
-    assert alone.shown
-    assert alone.shown_jointly
-    assert of_six.shown
-    assert not of_six.shown_jointly
-    assert verdict(QUALITY, alone) == "higher: better"
-    assert verdict(QUALITY, of_six) == "higher: better *"
-    assert verdict(LOSS, alone) == "higher: worse"
-    assert verdict(GAP, alone) == "higher"  # neither better nor worse by itself
+def test_verdicts():
+    shown = Difference(3, 3, 0.1, 0.05, 0.15, (0.02, 0.18), True, True)
+    assert verdict(QUALITY, shown) == "higher: better"
+    assert verdict(LOSS, shown) == "higher: worse"
+    assert verdict(GAP, shown) == "higher"  # neither better nor worse by itself
+    assert verdict(QUALITY, replace(shown, mean=-0.1)) == "lower: worse"
+    assert verdict(QUALITY, replace(shown, shown=False)) == "no difference shown"
+    assert verdict(QUALITY, None) == "no pair with the same seed"
+    assert in_seeds(QUALITY, replace(shown, above=2)) == "better in 2 of 3 seeds"
+    assert in_seeds(LOSS, replace(shown, above=2)) == "better in 1 of 3 seeds"
+    assert in_seeds(GAP, replace(shown, above=2)) == "higher in 2 of 3 seeds"
 
 
 def report_of(tmp_path, **kwargs):
@@ -109,7 +112,7 @@ def test_notes_say_what_makes_runs_unequal(tmp_path):
     notes = build_report(replace(comparison, records=(*records, odd))).notes
     careful = " ".join(note for note in notes if note.startswith("Careful"))
     for words in (
-        "different data",
+        "seed 2 have different data",
         "seed 2 started from different weights",
         "different hardware",
         "numbers of epochs",
@@ -130,14 +133,67 @@ def test_a_reference_that_does_not_overfit_is_said(tmp_path):
 
 
 def test_an_interval_that_leaves_0_out_is_not_printed_as_0():
-    tiny = paired_difference({0: 2.15e-6, 1: 2.25e-6}, {0: 1e-6, 1: 1e-6})
-    assert tiny.shown
+    tiny = Difference(2, 2, 1.2e-6, 5.6e-7, 1.8e-6, None, True, True)
     assert interval(QUALITY, tiny) == "+1.2e-06 (+5.6e-07 to +1.8e-06)"
-    wide = paired_difference({0: 2e-6, 1: 1.5e-6}, {0: 1e-6, 1: 1e-6})
-    assert interval(QUALITY, wide) == "+0.0000 (-0.0000 to +0.0000)"  # it claims nothing
-    plain = paired_difference({0: 0.2, 1: 0.21}, {0: 0.1, 1: 0.1})
-    assert interval(QUALITY, plain) == "+0.1050 (+0.0415 to +0.1685)"
-    assert interval(QUALITY, paired_difference({0: 0.2}, {0: 0.1})) == "+0.1000"
+    assert interval(QUALITY, replace(tiny, low=-1e-6, shown=False)) == "+0.0000 (-0.0000 to +0.0000)"
+    assert interval(QUALITY, Difference(2, 2, 0.105, 0.0415, 0.1685)) == "+0.1050 (+0.0415 to +0.1685)"
+    assert interval(QUALITY, Difference(1, 1, 0.1)) == "+0.1000"
+    percent = replace(QUALITY, scale=100, digits=1)
+    assert interval(percent, Difference(2, 2, 0.105, 0.04, 0.17)) == "+10.5 (+4.0 to +17.0)"
+
+
+def test_what_the_comparison_could_have_shown(tmp_path):
+    comparison, report = report_of(tmp_path)
+    table = np.array(
+        [[r.epochs[-1]["mAP"] for r in comparison.records if r.setting == s] for s in comparison.settings]
+    )
+    effect = analyse(table).sd * detectable_difference(7, 3)
+    assert report.power["mAP"] == (
+        f"mAP: with these 3 seeds a true difference of {effect:.4f} would have been found four times in "
+        f"five; half of it would take {seeds_for_half(7, 3)} seeds."
+    )
+    assert report.power["mAP"] in to_markdown(report)
+    assert "seeds" in report.pairing["mAP"] or "seed" in report.pairing["mAP"]
+
+
+def test_whether_pairing_helps():
+    behind = Evidence(3, 7, (), 0.01, 0.75)
+    assert "correlation 0.75" in pairing(QUALITY, behind)
+    assert "0.50 times as wide" in pairing(QUALITY, behind)
+    assert "does not help here" in pairing(QUALITY, replace(behind, correlation=-0.1))
+    assert "too few runs" in pairing(QUALITY, replace(behind, correlation=None))
+
+
+def test_a_setting_that_went_astray_is_named_and_hides_no_other(tmp_path):
+    comparison, _ = report_of(tmp_path, effects={"dropblock_bs7_kp0.9": 0.08})
+    records = [
+        replace(r, epochs=tuple(e | {"mAP": e["mAP"] * 10**r.seed} for e in r.epochs))
+        if r.setting == "dropout"
+        else r
+        for r in comparison.records
+    ]
+    report = build_report(replace(comparison, records=tuple(records)))
+    (note,) = [note for note in report.notes if "varies far more" in note]
+    assert note.startswith("dropout varies far more between seeds than the other settings in mAP, best mAP:")
+    by_setting = {result.setting: result.cells["mAP"].difference for result in report.results[1:]}
+    assert not by_setting["dropout"].pooled
+    assert by_setting["dropblock_bs7_kp0.9"].shown
+
+
+def test_seeds_that_are_no_seeds_are_named(tmp_path):
+    comparison, _ = report_of(tmp_path, settings=("none", "dropout"))
+    records = [replace(r, init_hash="same") if r.setting == "dropout" else r for r in comparison.records]
+    notes = build_report(replace(comparison, records=tuple(records))).notes
+    assert any("seeds 0, 1, 2 of dropout started from the same weights" in note for note in notes)
+
+
+def test_a_subset_for_each_seed_is_said(tmp_path):
+    comparison, report = report_of(tmp_path, settings=("none", "dropout"))
+    assert any("trained on the same images" in note for note in report.notes)
+    records = tuple(replace(r, data_hash=f"data{r.seed}") for r in comparison.records)
+    notes = build_report(replace(comparison, records=records)).notes
+    assert any("training subset of its own" in note for note in notes)
+    assert not any(note.startswith("Careful") for note in notes)
 
 
 def test_models_that_learned_nothing_are_said_to_have(tmp_path):

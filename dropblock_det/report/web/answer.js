@@ -14,8 +14,10 @@ function drawForest() {
   if (!name) return;
   const { digits, scale } = data.columns[name];
   $("answer-text").textContent = data.answers[name];
+  $("power-text").textContent = data.power[name] ?? "";
+  $("pairing-text").textContent = data.pairing[name] ?? "";
   const rows = others.map(setting => ({ setting, d: resultOf.get(setting).cells[name].difference,
-    verdict: resultOf.get(setting).verdicts[name], seeds: seedDifferences(setting, name) }));
+    words: resultOf.get(setting).words[name], seeds: seedDifferences(setting, name) }));
   const ends = rows.flatMap(r => r.d ? [r.d.low ?? r.d.mean, r.d.high ?? r.d.mean, ...r.seeds] : []).concat(0);
   const width = Math.max(280, box.clientWidth), narrow = width < 640;
   const longest = Math.max(...others.map(s => s.length), 8);
@@ -31,7 +33,7 @@ function drawForest() {
     svg("line", { class: "grid", x1: x(t / scale), x2: x(t / scale), y1: 0, y2: height - 22 }),
     svg("text", { x: x(t / scale), y: height - 6, "text-anchor": "middle" }, tickText(t, marks)));
   chart.append(svg("line", { class: "axis", x1: x(0), x2: x(0), y1: 0, y2: height - 22 }));
-  rows.forEach(({ setting, d, verdict, seeds }, i) => {
+  rows.forEach(({ setting, d, words, seeds }, i) => {
     const y = i * step + (narrow ? 34 : 18), stroke = `stroke:${colour(setting)}`;
     const label = narrow && setting.length > 21 ? setting.slice(0, 20) + "…" : setting;
     chart.append(
@@ -39,16 +41,26 @@ function drawForest() {
         "text-anchor": narrow ? "start" : "end" }, label),
       svg("text", { x: narrow ? width - 8 : width - right + 14, y: narrow ? y - 14 : y + 4,
         "text-anchor": narrow ? "end" : "start", class: d?.shown ? "shown" : "" },
-      d ? `${signed(d.mean * scale, digits)}  ${verdict}` : verdict));
+      d ? `${signed(d.mean * scale, digits)}  ${words.verdict}` : words.verdict));
     if (!d) return;
+    if (d.own) chart.append(svg("line", { x1: x(Math.max(low, d.own[0])), x2: x(Math.min(high, d.own[1])),
+      y1: y, y2: y, style: stroke, "stroke-width": 1.2, opacity: .55 })); // far wider with two seeds: cut off
     if (d.low !== null) chart.append(svg("line", { x1: x(d.low), x2: x(d.high), y1: y, y2: y, style: stroke,
-      "stroke-width": 3, "stroke-linecap": "round" }));
+      "stroke-width": 3.5, "stroke-linecap": "round" }));
     for (const s of seeds)
       chart.append(svg("line", { x1: x(s), x2: x(s), y1: y - 5, y2: y + 5, style: stroke, "stroke-width": 1.5 }));
     chart.append(svg("circle", { cx: x(d.mean), cy: y, r: 6, "stroke-width": 2.5,
       style: `${stroke};fill:${d.shown ? colour(setting) : "var(--card)"}` }));
   });
   box.replaceChildren(chart);
-  if (rows.some(r => r.d?.shown && !r.d.shown_jointly)) box.append(html("p", { class: "hint" },
-    "* no longer shown by the wider interval that counts all comparisons (Bonferroni)"));
+  drawDetails(rows, data.columns[name]);
+}
+
+/** What stands behind the picture, in numbers. */
+function drawDetails(rows, { scale, digits }) {
+  const ends = pair => pair && pair[0] !== null ? pair.map(v => signed(v * scale, digits)).join(" to ") : "–";
+  $("details").replaceChildren(...rows.map(({ setting, d, words }) => {
+    const cells = d ? [signed(d.mean * scale, digits), ends([d.low, d.high]), ends(d.own), words.seeds] : [];
+    return html("tr", {}, html("td", {}, setting), ...cells.map(text => html("td", {}, text)));
+  }));
 }

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dropblock_det.arguments import Count, Natural, Seed, checked_arguments
 from dropblock_det.datasets.augment import Augmentation
-from dropblock_det.datasets.coco import FLIP, CocoDataModule, Workers
+from dropblock_det.datasets.coco import CocoDataModule, Workers
+from dropblock_det.datasets.coco_dataset import FLIP
 from dropblock_det.errors import InputError, disk_errors
 from dropblock_det.files import read_json, write_json
 

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
 from dropblock_det.datasets.augment import Augmentation, draw
-from dropblock_det.datasets.coco import CocoDataModule, CocoDataset
+from dropblock_det.datasets.coco import CocoDataModule
+from dropblock_det.datasets.coco_dataset import CocoDataset
 from dropblock_det.datasets.sampling import TrainSampler, ValBatches
 from dropblock_det.errors import InputError
 

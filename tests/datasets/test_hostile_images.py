@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dropblock_det.datasets.coco import CocoDataset
+from dropblock_det.datasets.coco_dataset import CocoDataset
 from dropblock_det.datasets.images import read_image
 from dropblock_det.errors import InputError
 

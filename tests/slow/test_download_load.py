@@ -104,7 +104,7 @@ def killed_and_restarted(tmp_path: Path, server: FaultyServer, kills: int) -> No
         process.wait()
         half = tree(tmp_path / "b")
         seen.add(len(half))
-        final = {name: sha for name, sha in half.items() if ".partial" not in name}
+        final = {name: sha for name, sha in half.items() if ".part" not in name}
         assert final.items() <= tree(tmp_path / "a").items(), "a half file under a final name"
         if rng.random() < 0.3:  # from the beginning again, or all kills but the first would find it complete
             subprocess.run(["rm", "-r", str(tmp_path / "b")], check=False)

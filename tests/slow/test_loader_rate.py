@@ -15,7 +15,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dropblock_det.datasets.coco import CocoDataModule, collate
+from dropblock_det.datasets.coco import CocoDataModule
+from dropblock_det.datasets.coco_dataset import collate
 
 ROUNDS = 7
 SIDE = 512  # pixels, what the detector resizes to

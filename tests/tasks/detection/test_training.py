@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from support.tiny_run import arguments, train
 from torchvision.models.detection import RetinaNet
 
-from dropblock_det.datasets.coco import CocoDataset, collate
+from dropblock_det.datasets.coco_dataset import CocoDataset, collate
 from dropblock_det.datasets.scenes import ScenesDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.runs.recorder import RunRecord, newest_checkpoint

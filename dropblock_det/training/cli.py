@@ -33,7 +33,7 @@ from dropblock_det.runs.recorder import (
     read_config,
     read_summary,
 )
-from dropblock_det.tasks.detection.module import RetinaNetModule
+from dropblock_det.tasks.detection.module import DetectionModule
 from dropblock_det.training.launch import (
     Sound,
     check_launcher,
@@ -68,7 +68,7 @@ class DetectionCLI(LightningCLI):
 
     def __init__(self, stack: contextlib.ExitStack, **arguments: Any) -> None:
         self.stack = stack
-        super().__init__(RetinaNetModule, CocoDataModule, **arguments)
+        super().__init__(DetectionModule, CocoDataModule, **arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``--output`` and ``--regularize.*``, and lets the data say which categories there are."""
@@ -169,7 +169,7 @@ def check_settings(config: dict[str, Any]) -> None:
         if isinstance(value, int | float) and not -(2**31) <= value < 2**31:
             raise InputError(f"trainer.{name}: got {value}, give a number below {2**31}")
     checked_arguments(Regularize, config["regularize"], "regularize.")
-    checked_arguments(*_class_and_arguments(config["model"], RetinaNetModule), "model.")
+    checked_arguments(*_class_and_arguments(config["model"], DetectionModule), "model.")
     checked_arguments(*_class_and_arguments(config["data"], CocoDataModule), "data.")
 
 

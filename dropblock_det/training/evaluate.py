@@ -14,7 +14,7 @@ from dropblock_det.errors import InputError
 from dropblock_det.files import check_replaceable, write_json
 from dropblock_det.runs.recorder import load_checkpoint
 from dropblock_det.tasks.detection.coco_eval import FIGURES
-from dropblock_det.tasks.detection.module import RetinaNetModule
+from dropblock_det.tasks.detection.module import DetectionModule
 from dropblock_det.training.launch import refusals
 
 
@@ -81,10 +81,10 @@ def evaluate(
     return figures
 
 
-def _module(content: dict[str, Any], checkpoint: Path) -> RetinaNetModule:
-    checked_arguments(RetinaNetModule, content["hyper_parameters"], f"{checkpoint}: ")
+def _module(content: dict[str, Any], checkpoint: Path) -> DetectionModule:
+    checked_arguments(DetectionModule, content["hyper_parameters"], f"{checkpoint}: ")
     try:
-        module = RetinaNetModule.from_checkpoint(content)
+        module = DetectionModule.from_checkpoint(content)
     except (RuntimeError, TypeError) as error:  # load_state_dict names keys and shapes, a call its arguments
         raise InputError(
             f"{checkpoint}: its weights do not fit the model ({' '.join(str(error).split())[:200]})"

@@ -18,7 +18,7 @@ from support.tiny_run import arguments, start
 from dropblock_det.callbacks import Regularize
 from dropblock_det.datasets.scenes import ScenesDataModule
 from dropblock_det.runs.recorder import newest_checkpoint
-from dropblock_det.tasks.detection.module import RetinaNetModule
+from dropblock_det.tasks.detection.module import DetectionModule
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ class Resources(Callback):
 def test_two_thousand_steps_neither_grow_nor_leak(tmp_path):
     """Resident memory after step 2,000 is within 5 % of that after step 200; as many files and threads."""
     data = ScenesDataModule(str(tmp_path / "scenes"), train_size=40, val_size=2, batch_size=2, num_workers=1)
-    module = RetinaNetModule(
+    module = DetectionModule(
         data.categories, min_size=64, max_size=64, anchor_sizes=[8, 16, 32, 64, 128], warmup_steps=0
     )
     resources = Resources({200, 1000, 2000})

@@ -1,5 +1,6 @@
 """Small batches for detectors, and stand-ins for weights that torchvision publishes."""
 
+import copy
 import functools
 
 import torch
@@ -53,9 +54,27 @@ def publish(monkeypatch, builder, state):
     return f"{enum.__name__}.DEFAULT"
 
 
-def rest_norms(model):
-    """Batch norms and dropouts of a model in training mode, as in eval mode."""
+class DrawsByImage:
+    """torchvision's sampler with the same random numbers as ours, drawn in another way."""
+
+    def __init__(self, sampler, ids):
+        self.sampler, self.ids = sampler, ids
+
+    def __call__(self, labels):
+        drawn = []
+        for of_image, seed in zip(labels, self.ids, strict=True):
+            torch.manual_seed(seed)
+            drawn.append(self.sampler([of_image]))
+        return [positive for (positive,), _ in drawn], [negative for _, (negative,) in drawn]
+
+
+def training_losses(model, images, targets):
+    """torchvision's own, of a copy in training mode whose norms and dropouts rest."""
+    model = copy.deepcopy(model).train()
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
             module.eval()
-    return model
+    if hasattr(model, "roi_heads"):
+        for stage in (model.rpn, model.roi_heads):
+            stage.fg_bg_sampler = DrawsByImage(stage.fg_bg_sampler, [t["image_id"] for t in targets])
+    return model(images, targets)

@@ -189,7 +189,7 @@ def build_detector(
         ("norm", norm, trunk.has_norms),
     ):
         if value is not None and not present:
-            raise InputError(f"{setting}: {name} has no such setting; leave it out")
+            raise InputError(f"{setting}: {name} has no such setting; leave it out or give null")
     if not 0 <= stages <= trunk.stages:
         raise InputError(f"trainable_stages: got {stages}, give 0 to {trunk.stages}")
     if from_scratch and norm == "frozen":
@@ -270,15 +270,17 @@ def _initialize_for_scratch(model: nn.Module) -> None:
     # Residual branches that start at zero learn sooner (Goyal et al. 2017, section 5.1). The hidden layers of
     # RetinaNet's heads get He's initialization: torchvision's standard deviation of 0.01, meant to follow a
     # pretrained backbone, makes the signal some 75 times smaller over the four layers,
-    # (0.01 * sqrt(9 * 256 / 2)) ** 4, and learning as slow.
+    # (0.01 * sqrt(9 * 256 / 2)) ** 4, and learning as slow. The other detectors need no such thing: the norms
+    # in the heads of FCOS and RetinaNet v2 restore the signal, Faster R-CNN's first stage has one or two such
+    # layers, not four, and SSD's heads have one layer, Xavier's.
     for module in model.modules():
         if isinstance(module, Bottleneck):
             nn.init.zeros_(module.bn3.weight)
-        if isinstance(module, RetinaNetHead):
-            for head in (module.classification_head, module.regression_head):
-                for layer in head.conv.modules():
-                    if isinstance(layer, nn.Conv2d):
-                        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    head = getattr(model, "head", None)
+    if isinstance(head, RetinaNetHead) and not any(isinstance(m, nn.GroupNorm) for m in head.modules()):
+        for layer in (*head.classification_head.conv.modules(), *head.regression_head.conv.modules()):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
 
 def _load_published(model: nn.Module, weights: WeightsEnum, category_names: Sequence[str]) -> None:

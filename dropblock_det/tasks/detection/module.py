@@ -1,4 +1,4 @@
-"""The LightningModule: RetinaNet, its losses and COCO figures. It knows nothing of DropBlock."""
+"""The LightningModule: a detector, its losses and COCO figures. It knows nothing of DropBlock."""
 
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ from dropblock_det.tasks.detection.models import build_detector
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
-class RetinaNetModule(LightningModule):
-    """Trains torchvision's RetinaNet ResNet-50 FPN and reports ``loss``, ``val_loss`` and ``mAP``.
+class DetectionModule(LightningModule):
+    """Trains one of torchvision's box detectors and reports ``loss``, ``val_loss`` and ``mAP``.
 
     The regularizer comes from the :class:`dropblock_det.callbacks.Regularize` callback, as it would in
     anyone's module.
@@ -26,16 +26,22 @@ class RetinaNetModule(LightningModule):
     Args:
         categories: One ``{"label", "id", "name"}`` per category, labels 1..K in order; the data module's.
             They travel in the checkpoint's hyperparameters.
+        name: ``retinanet_resnet50_fpn``, ``retinanet_resnet50_fpn_v2``, ``fasterrcnn_resnet50_fpn``,
+            ``fasterrcnn_resnet50_fpn_v2``, ``fasterrcnn_mobilenet_v3_large_fpn``,
+            ``fasterrcnn_mobilenet_v3_large_320_fpn``, ``fcos_resnet50_fpn``, ``ssd300_vgg16`` or
+            ``ssdlite320_mobilenet_v3_large``. The settings below that it does not have must be null.
         weights: Published detector weights by torchvision's name, such as
             ``RetinaNet_ResNet50_FPN_Weights.COCO_V1``, or null.
         weights_backbone: Published backbone weights by torchvision's name, such as
             ``ResNet50_Weights.IMAGENET1K_V1``, or null for random initialization.
-        trainable_stages: How many of the five backbone stages train, counted from the last.
-        norm: ``batch`` (BatchNorm that trains; the only choice at random initialization) or ``frozen``.
-        min_size: Shorter side in pixels that images are resized to, unless the longer becomes too long.
-        max_size: Longest side in pixels.
-        anchor_sizes: Anchor base sizes in pixels for P3 to P7.
-        score_thresh: Detections below this score are dropped.
+        trainable_stages: How many backbone stages train, counted from the last; null is all.
+        norm: The backbone's: ``batch`` (BatchNorm that trains; null is the same, and the only choice at
+            random initialization) or ``frozen``. Not in ``ssd300_vgg16``.
+        min_size: Shorter side in pixels that images are resized to, unless the longer becomes too long; null
+            is the detector's own. Not in the two SSDs, whose images become 300x300 and 320x320.
+        max_size: Longest side in pixels; likewise.
+        anchor_sizes: Five anchor base sizes in pixels; null is the detector's own. Not in FCOS and the SSDs.
+        score_thresh: Detections below this score are dropped; null is the detector's own.
         detections_per_img: At most this many detections per image; COCO evaluates 100.
         optimizer: ``sgd`` (with momentum 0.9) or ``adamw``.
         lr: Base learning rate.
@@ -50,14 +56,15 @@ class RetinaNetModule(LightningModule):
     def __init__(
         self,
         categories: list[dict[str, Any]],
+        name: str = "retinanet_resnet50_fpn",
         weights: str | None = None,
         weights_backbone: str | None = None,
-        trainable_stages: Natural = 5,
-        norm: Literal["batch", "frozen"] = "batch",
-        min_size: Side = 800,
-        max_size: Side = 1333,
-        anchor_sizes: list[Side] = [32, 64, 128, 256, 512],  # noqa: B006 (never changed; shown in --help)
-        score_thresh: Share = 0.05,
+        trainable_stages: Natural | None = None,
+        norm: Literal["batch", "frozen"] | None = None,
+        min_size: Side | None = None,
+        max_size: Side | None = None,
+        anchor_sizes: list[Side] | None = None,
+        score_thresh: Share | None = None,
         detections_per_img: Count = 100,
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: Rate = 0.01,
@@ -71,7 +78,7 @@ class RetinaNetModule(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore="_load_weights")
         self.detector = build_detector(
-            "retinanet_resnet50_fpn",
+            name,
             [category["name"] for category in categories],
             weights=weights,
             weights_backbone=weights_backbone,
@@ -94,7 +101,7 @@ class RetinaNetModule(LightningModule):
         return data
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "RetinaNetModule":
+    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "DetectionModule":
         """Rebuilds the module from a loaded checkpoint alone; published weights are not fetched again."""
         module = cls(**checkpoint["hyper_parameters"], _load_weights=False)
         module.load_state_dict(checkpoint["state_dict"])
@@ -121,20 +128,23 @@ class RetinaNetModule(LightningModule):
 
     def _check_shapes(self, images: list[Tensor], targets: list[dict[str, Any]]) -> None:
         # torchvision's resize fails where a side comes to 0 pixels, and names no image.
+        transform: Any = self.detector.transform
+        if transform.fixed_size is not None:
+            return
         for image, target in zip(images, targets, strict=True):
             height, width = image.shape[-2:]
             short, long = sorted((height, width))
-            if short * min(self.hparams["min_size"] / short, self.hparams["max_size"] / long) < 1:
+            if short * min(transform.min_size[-1] / short, transform.max_size / long) < 1:
                 raise InputError(
                     f"image {target['image_id']}: {width}x{height} pixels, of which model.max_size "
-                    f"{self.hparams['max_size']} would leave none on one side; leave it out"
+                    f"{transform.max_size} would leave none on one side; leave it out"
                 )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Returns the loss: classification (focal) plus box regression, the mean over the images."""
+        """Returns the sum of the detector's losses."""
         images, targets = batch
         self._check_shapes(images, targets)
-        losses = self.detector(images, targets)
+        losses = _short_names(self.detector(images, targets))
         loss = torch.stack(list(losses.values())).sum()
         finite = bool(torch.isfinite(loss))
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # every rank stops, or every rank skips
@@ -170,7 +180,8 @@ class RetinaNetModule(LightningModule):
         if not images:  # this process has a batch less than others, see ValBatches
             return
         self._check_shapes(images, targets)
-        losses, detections = losses_and_detections(self.detector, images, targets)
+        per_image, detections = losses_and_detections(self.detector, images, targets, per_image=True)
+        losses = {name: each.mean() for name, each in _short_names(per_image).items()}
         ids = [target["image_id"] for target in targets]
         self._validated.append(
             {
@@ -205,3 +216,8 @@ class RetinaNetModule(LightningModule):
         self.log("val_loss", sum(means.values()), prog_bar=True)
         for name, value in figures.items():
             self.log(name, value, prog_bar=name in ("mAP", "AP50"))
+
+
+def _short_names(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Faster R-CNN's begin with "loss_", as all do in the log.
+    return {name.removeprefix("loss_"): loss for name, loss in losses.items()}

@@ -1,10 +1,9 @@
-import copy
 import subprocess
 import sys
 
 import pytest
 import torch
-from support.detectors import batch, rest_norms, small
+from support.detectors import batch, small, training_losses
 from torch import nn
 from torchvision.models import detection as stock
 from torchvision.models.detection import FasterRCNN
@@ -22,29 +21,6 @@ def equal(some, others):
         a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in b)
         for a, b in zip(some, others, strict=True)
     )
-
-
-class DrawsByImage:
-    """torchvision's sampler with the same random numbers as ours, drawn in another way."""
-
-    def __init__(self, sampler, ids):
-        self.sampler, self.ids = sampler, ids
-
-    def __call__(self, labels):
-        drawn = []
-        for of_image, seed in zip(labels, self.ids, strict=True):
-            torch.manual_seed(seed)
-            drawn.append(self.sampler([of_image]))
-        return [positive for (positive,), _ in drawn], [negative for _, (negative,) in drawn]
-
-
-def training_losses(model, images, targets):
-    """torchvision's own, of a copy in training mode whose norms and dropouts rest."""
-    model = rest_norms(copy.deepcopy(model).train())
-    if hasattr(model, "roi_heads"):
-        for stage in (model.rpn, model.roi_heads):
-            stage.fg_bg_sampler = DrawsByImage(stage.fg_bg_sampler, [t["image_id"] for t in targets])
-    return model(images, targets)
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -21,7 +21,7 @@ from dropblock_det.datasets.scenes import ScenesDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.runs.recorder import RunRecord, newest_checkpoint
 from dropblock_det.tasks.detection.eval_losses import losses_and_detections
-from dropblock_det.tasks.detection.module import RetinaNetModule
+from dropblock_det.tasks.detection.module import DetectionModule
 
 SIZES = [8, 16, 32, 64, 128]
 
@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_can_be_skipped(nan_at_the_third_step, scenes,
 
 def small_module():
     categories = [{"label": 1, "id": 1, "name": "disk"}]
-    return RetinaNetModule(categories, min_size=64, max_size=64, anchor_sizes=SIZES)
+    return DetectionModule(categories, min_size=64, max_size=64, anchor_sizes=SIZES)
 
 
 def test_an_image_of_one_pixel_by_ten_thousand(content, write, line_of):
@@ -116,7 +116,7 @@ def test_an_overflow_in_float16_is_seen_in_the_log(scenes, tmp_path):
         log_every_n_steps=1,
         gradient_clip_val=5.0,
     )
-    module = RetinaNetModule(data.categories, min_size=64, max_size=64, anchor_sizes=SIZES)
+    module = DetectionModule(data.categories, min_size=64, max_size=64, anchor_sizes=SIZES)
     trainer.fit(module, data)
     rows = list(csv.DictReader((tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open()))
     scales = [float(row["loss_scale"]) for row in rows if row["loss_scale"]]

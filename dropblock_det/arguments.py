@@ -34,8 +34,7 @@ def checked_arguments(
     Raises:
         InputError: One of them has another type, is out of range, or is none of the function's.
     """
-    kind = function.__init__ if inspect.isclass(function) else function
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(function)
     checked = {}
     for name, value in arguments.items():
         if name not in hints:
@@ -48,6 +47,22 @@ def checked_arguments(
                 f"{origin}{name}: got {given[:100]}{'...' if len(given) > 100 else ''}; {error}"
             ) from None
     return checked
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of all arguments; where ``__init__`` passes ``**more`` on, the base class's too."""
+    if not inspect.isclass(function):
+        return get_type_hints(function, include_extras=True)
+    hints: dict[str, Any] = {}
+    for kind in function.__mro__:
+        init: Any = kind.__init__  # type: ignore[misc]
+        own = inspect.signature(init).parameters.values()
+        passed_on = {parameter.name for parameter in own if parameter.kind is parameter.VAR_KEYWORD}
+        hints = get_type_hints(init, include_extras=True) | hints
+        hints = {name: hint for name, hint in hints.items() if name not in passed_on}
+        if not passed_on:
+            break
+    return hints
 
 
 def _path(kind: type, value: Any) -> Path:

@@ -75,7 +75,8 @@ def _parser(function: Callable[..., Any]) -> ArgumentParser:
         options: dict[str, Any] = {"help": about.get(name)}
         required = parameter.default is parameter.empty
         if not required:
-            options["default"] = parameter.default
+            default = parameter.default
+            options["default"] = str(default) if isinstance(default, Path) else default
         kind = kinds[name]
         if get_origin(kind) in (Union, UnionType) and len(get_args(kind)) == 2 and NoneType in get_args(kind):
             kind = next(choice for choice in get_args(kind) if choice is not NoneType)

@@ -1,68 +1,40 @@
 """Did it help? Trains a config under every setting of a folder with several seeds, and shows the answer.
 
-    compare.py run [CONFIG] [--runs RUNS] [--seeds 0 1 2] [--devices 0 1] [-- TRAINING ARGUMENTS]
+    compare.py run CONFIG [--runs RUNS] [--seeds 0 1 2] [--devices 0 1] [-- TRAINING ARGUMENTS]
     compare.py report RUNS [--output FOLDER]
 
 Stop it whenever you like: started again, it skips what is finished and goes on with the rest. On a cluster,
-submit `compare.py run CONFIG --runs RUNS --only SETTING --seed S` as single jobs with one shared RUNS folder.
+submit `compare.py run CONFIG --runs RUNS --seeds 0 1 2 --only SETTING --seed S` as single jobs with one
+shared RUNS folder.
 """
 
-import argparse
 import signal
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
+from dropblock_det.arguments import Seed
+from dropblock_det.commands import PlainConsole, command
 from dropblock_det.comparison.gather import gather
-from dropblock_det.comparison.runner import Run, Runner, epochs_done, make_plan, record_plan
-from dropblock_det.errors import InputError, disk_errors, printable, run_tool
+from dropblock_det.comparison.plan import find_settings, make_plan, record_plan, run_folder
+from dropblock_det.comparison.runner import Run, Runner, epochs_done
+from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.report.page import write_report
 from dropblock_det.report.words import number
-from dropblock_det.runs.record import read_record
-from dropblock_det.runs.record_v1 import Record, run_folder
+from dropblock_det.runs.record import Record
 
 ROOT = Path(__file__).parents[1]
 TRAINING = [sys.executable, str(ROOT / "tools/train.py")]
-console = Console()
+OVERRIDES: list[str] = []  # what follows --
+console = PlainConsole()
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train what is not trained yet, then report")
-    run.add_argument(
-        "config", type=Path, nargs="?", default=ROOT / "configs/quickstart.yaml", help="shared by all runs"
-    )
-    run.add_argument("--runs", type=Path, help="folder for all of it (default: runs/compare_CONFIG)")
-    run.add_argument(
-        "--settings", type=Path, default=ROOT / "configs/settings", help="every *.yaml in it is a setting"
-    )
-    run.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="each setting runs once with each"
-    )
-    run.add_argument(
-        "--devices", nargs="+", default=[None], metavar="DEVICE", help="GPU numbers or cpu: a run on each"
-    )
-    run.add_argument("--only", metavar="SETTING", help="a single run of this setting, with --seed")
-    run.add_argument("--seed", type=int, help="the seed for --only")
-    report = commands.add_parser("report", help="rebuild the report from the records alone")
-    report.add_argument("runs", type=Path)
-    report.add_argument("--output", type=Path, help="where to write it (default: RUNS/report)")
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_args(arguments[:cut])
-    options.overrides = arguments[cut + 1 :]
-    return options
-
-
-def check_devices(devices: list[str | None]) -> None:
+def check_devices(devices: list[str]) -> None:
     for device in devices:
-        if device in (None, "cpu"):
+        if device == "cpu":
             continue
         if not device.isdecimal():
             raise InputError(f"--devices {device}: give GPU numbers or cpu")
@@ -72,43 +44,65 @@ def check_devices(devices: list[str | None]) -> None:
             raise InputError(f"--devices {device}: {device_count()} GPUs here, numbered from 0; or give cpu")
 
 
-def run(options: argparse.Namespace) -> None:
-    if (options.only is None) != (options.seed is None):
+def run(
+    config: Path,
+    runs: Path | None = None,
+    settings: Path = ROOT / "configs/settings",
+    seeds: list[Seed] | None = None,
+    vary_subset: bool = False,
+    devices: list[str] | None = None,
+    only: str | None = None,
+    seed: Seed | None = None,
+) -> None:
+    """Trains what is not trained yet, then reports.
+
+    Args:
+        config: Shared by all runs.
+        runs: Folder for all of it (default: runs/compare_CONFIG).
+        settings: Every *.yaml in this folder is a setting.
+        seeds: Each setting runs once with each (default: 0 1 2).
+        vary_subset: Each seed draws a training subset of its own, the same for all settings.
+        devices: GPU numbers or cpu: a run at a time on each.
+        only: A single run of this setting, with --seed.
+        seed: The seed for --only.
+    """
+    if (only is None) != (seed is None):
         raise InputError("--only SETTING and --seed S go together")
-    check_devices(options.devices)
-    plan = make_plan(
-        options.config,
-        options.settings,
-        options.seeds if options.seed is None else [options.seed],
-        ["--trainer.enable_progress_bar", "false", *options.overrides],
-    )
-    if options.only is not None and options.only not in plan.settings:
-        raise InputError(f"--only {options.only}: no such setting; there are {', '.join(plan.settings)}")
-    root = options.runs or Path("runs") / f"compare_{options.config.stem}"
+    check_devices(devices or [])
+    if seeds is None:
+        seeds = [0, 1, 2] if seed is None else [seed]
+    if seed is not None and seed not in seeds:
+        raise InputError(f"--seed {seed}: not among --seeds {' '.join(map(str, seeds))}")
+    files = find_settings(settings)
+    if only is not None and only not in files:
+        raise InputError(f"--only {only}: no such setting; there are {', '.join(files)}")
+    overrides = ["--trainer.enable_progress_bar", "false", *OVERRIDES]
+    plan = make_plan(config, files, seeds, overrides, vary_subset)
+    root = runs or Path("runs") / f"compare_{config.stem}"
     with disk_errors(root):
         record_plan(root, plan)
-    chosen = [Run(s, seed) for seed in plan.seeds for s in plan.settings if options.only in (None, s)]
-
-    def told(run: Run, record: Record) -> None:
-        kept = read_record(run_folder(root, run.setting, run.seed))
-        last = kept.epochs[-1] if kept and kept.epochs else {}
-        values = "  ".join(f"{m.name} {number(m, last.get(m.name))}" for m in (kept.metrics if kept else ()))
-        said = f"[green]finished[/] {run}  {values}" if record.finished else f"[red]failed[/] {run}"
-        progress.console.print(said, highlight=False)
-        if record.reason:
-            progress.console.print(f"  {record.reason}", markup=False, highlight=False)
-
-    runner = Runner(root, plan, TRAINING, chosen, options.devices, told)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    chosen = [Run(s, n) for n in plan.seeds for s in files if only in (None, s) and seed in (None, n)]
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        runner = Runner(
+            root,
+            TRAINING,
+            config,
+            files,
+            chosen,
+            overrides,
+            vary_subset,
+            devices or [None],
+            on_result=lambda run, record: print_result(run, record),
+        )
         whole = progress.add_task("runs", total=len(chosen))
-        bars = [progress.add_task("", total=None, visible=False) for _ in options.devices]
+        bars = [progress.add_task("", total=None, visible=False) for _ in runner.devices]
 
-        def tick() -> None:
+        def on_progress() -> None:
             waiting = " (waiting for another process)" if runner.waiting else ""
             progress.update(whole, completed=len(chosen) - runner.left, description="runs" + waiting)
-            for number, bar in enumerate(bars):
-                now = runner.active.get(number)
+            for worker, bar in enumerate(bars):
+                now = runner.active.get(worker)
                 done, total = epochs_done(run_folder(root, now.setting, now.seed)) if now else (0, None)
                 progress.update(
                     bar, description=f"{now}, epochs", completed=done, total=total, visible=now is not None
@@ -116,37 +110,52 @@ def run(options: argparse.Namespace) -> None:
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
         with disk_errors(root):
-            runner.work(tick)
-        tick()
-    report(root, root / "report")
+            runner.work(on_progress)
+        on_progress()
+    report(root)
     if {Run(absent.setting, absent.seed) for absent in gather(root).absent} & {*chosen}:
         sys.exit(1)
 
 
-def report(runs: Path, output: Path) -> None:
+def print_result(run: Run, record: Record) -> None:
+    if record.finished:
+        last = record.epochs[-1] if record.epochs else {}
+        values = "  ".join(f"{m.name} {number(m, last.get(m.name))}" for m in record.metrics)
+        console.print(Text("finished", "green"), f"{run}  {values}")
+    else:
+        console.print(Text("failed", "red"), f"{run}\n  {record.reason}")
+
+
+def report(runs: Path, output: Path | None = None) -> None:
+    """Rebuilds the report from the records alone.
+
+    Args:
+        runs: The comparison's folder.
+        output: Where to write it (default: RUNS/report).
+    """
+    output = output or runs / "report"
     with disk_errors(output):
         result = write_report(runs, output)
     names = result.leading[:4]  # more don't fit a terminal; the report has all
     metrics = [result.columns[name].metric for name in names]
-    table = Table(Column("setting", no_wrap=True), "seeds", *(escape(metric.title) for metric in metrics))
+    table = Table(Column("setting", no_wrap=True), "seeds", *(metric.title for metric in metrics))
     for row in result.results:
         cells = (number(m, row.cells[m.name].mean, row.cells[m.name].sd) for m in metrics)
-        table.add_row(escape(printable(row.setting)), str(len(row.finished)), *cells)
+        table.add_row(row.setting, str(len(row.finished)), *cells)
     console.print(table)
     for name in names[:2]:
-        console.print(result.answers[name], markup=False, highlight=False)
+        console.print(result.answers[name])
     for absent in result.absent:
-        line = printable(f"{absent.status}: {absent.setting} seed {absent.seed}: {absent.reason}")
-        console.print(line, markup=False, highlight=False, style="red")
-    console.print(f"report  {output / 'report.html'}", soft_wrap=True)
+        line = f"{absent.status}: {absent.setting} seed {absent.seed}: {absent.reason}"
+        console.print(line, style="red")
+    console.print(f"report  {output / 'report.html'}")
 
 
 def main() -> None:
-    options = parse(sys.argv[1:])
-    if options.command == "run":
-        run(options)
-    else:
-        report(options.runs, options.output or options.runs / "report")
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    OVERRIDES[:] = words[cut + 1 :]
+    command({"run": run, "report": report}, words[:cut])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dropblock_det.datasets.scenes import draw_scene
 from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.files import write_figure
 from dropblock_det.layers import make_regularizer
-from dropblock_det.tasks.detection.pictures import ORANGE
+from dropblock_det.runs.pictures import ORANGE
 
 CHANNELS = ("edges │", "edges ╲", "edges ─", "edges ╱", "brightness", "red-green", "blue-yellow", "texture")
 SIDE = 40  # of the feature map's longer axis: what layer3 makes of a 640-pixel image

@@ -1,14 +1,13 @@
 """A comparison's folder -> all that a report is made of."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dropblock_det.comparison.plan import NAME, PLAN_NAME, REFERENCE, read_plan, run_folder
 from dropblock_det.errors import InputError
 from dropblock_det.runs.record import RECORD_NAME, Record, read_record
-from dropblock_det.runs.record_v1 import read_plan
 from dropblock_det.tasks.metric import Metric
-
-REFERENCE = "none"  # the setting that every other one is compared with
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Comparison:
         base: the base config's name.
         settings: the reference first.
         seeds: in rising order.
+        late_seeds: those of them that were added when there were results to look at already.
+        vary_subset: each seed drew a training subset of its own.
         records: of the finished runs, by setting and seed.
         absent: the runs without a result.
         metrics: those of the records, the same in all.
@@ -41,6 +42,8 @@ class Comparison:
     base: str
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
+    late_seeds: tuple[int, ...]
+    vary_subset: bool
     records: tuple[Record, ...]
     absent: tuple[Absent, ...]
     metrics: tuple[Metric, ...]
@@ -56,38 +59,60 @@ def gather(root: Path) -> Comparison:
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the folder that `compare.py run --runs` wrote")
-    plan = read_plan(root) or {}
-    found = {}
-    for path in sorted(root.glob(f"*/seed*/{RECORD_NAME}")):
-        if not (number := path.parent.name.removeprefix("seed")).isdecimal():
-            continue
-        if record := read_record(path.parent):
-            setting, seed = path.parent.parent.name, int(number)
-            found[setting, seed] = replace(record, setting=setting, seed=seed)
-    if not found and not plan:
+    plan = read_plan(root)
+    found = _read_records(root)
+    if not found and plan is None:
         raise InputError(
-            f"{root}: holds no plan.json and no */seed*/{RECORD_NAME}: not a comparison's folder"
+            f"{root}: holds no {PLAN_NAME} and no */seed*/{RECORD_NAME}: not a comparison's folder"
         )
     settings = sorted(
-        {*plan.get("settings", {}), *(setting for setting, _ in found)},
+        {*(plan.settings if plan else ()), *(setting for setting, _ in found)},
         key=lambda name: (name != REFERENCE, name),
     )
-    seeds = sorted({*plan.get("seeds", []), *(seed for _, seed in found)})
+    seeds = sorted({*(plan.seeds if plan else ()), *(seed for _, seed in found)})
     runs = [(setting, seed) for setting in settings for seed in seeds]
     finished = [found[run] for run in runs if run in found and found[run].finished]
-    if len({record.task for record in finished}) > 1:
-        tasks = ", ".join(sorted({record.task for record in finished}))
-        raise InputError(f"{root}: holds runs of different tasks ({tasks}), which no table can compare")
+    for record in finished[1:]:
+        if (mine := _measures(record)) != (first := _measures(finished[0])):
+            folder = run_folder(root, record.setting, record.seed)
+            raise InputError(f"{folder}: measures {mine}, others {first}; no table can compare them")
     return Comparison(
         root,
-        plan.get("base", {}).get("name", root.name),
+        plan.base.name if plan else root.resolve().name,
         tuple(settings),
         tuple(seeds),
+        plan.late_seeds if plan else (),
+        plan.vary_subset if plan else False,
         tuple(finished),
         tuple(_absent(*run, found.get(run)) for run in runs if run not in found or not found[run].finished),
         finished[0].metrics if finished else (),
         finished[0].headline if finished else "",
     )
+
+
+def _read_records(root: Path) -> dict[tuple[str, int], Record]:
+    """The records by setting and seed, which their folders are named after."""
+    found: dict[tuple[str, int], Record] = {}
+    for path in sorted(root.glob("*/seed*")):
+        setting, number = path.parent.name, path.name.removeprefix("seed")
+        if not re.fullmatch("0|[1-9][0-9]{0,9}", number) or (record := read_record(path)) is None:
+            continue
+        if not re.match(NAME, setting):
+            raise InputError(f"{str(path.parent)!r}: not a setting's name; rename the folder")
+        own = record.setting or setting, record.seed
+        if (path / RECORD_NAME).exists() and own != (setting, int(number)):
+            raise InputError(f"{path}: holds the record of {own[0]} seed {own[1]}; remove the copy")
+        for other, known in found.items():
+            if record.epochs and record.epochs == known.epochs:
+                raise InputError(
+                    f"{path}: holds the same record as {run_folder(root, *other)}; remove the copy"
+                )
+        found[setting, int(number)] = replace(record, setting=setting, seed=int(number))
+    return found
+
+
+def _measures(record: Record) -> tuple[str, tuple[str, ...], str]:
+    return record.task, tuple(metric.name for metric in record.metrics), record.headline
 
 
 def _absent(setting: str, seed: int, record: Record | None) -> Absent:

@@ -7,7 +7,6 @@ behind. So any number of these processes, on one machine or on a cluster's share
 comparison together.
 """
 
-import fcntl
 import io
 import os
 import re
@@ -15,96 +14,20 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from PIL import Image
 
-from dropblock_det.errors import InputError
-from dropblock_det.files import read_json, read_yaml, write_bytes, write_json
-from dropblock_det.runs.record_v1 import (
-    PLAN_NAME,
-    RECORD_NAME,
-    REFERENCE,
-    SUMMARY_NAME,
-    Record,
-    read_plan,
-    read_record,
-    record_from_run,
-    run_folder,
-)
+from dropblock_det.comparison.plan import SUBSET, run_folder
+from dropblock_det.files import take_lock, write_bytes
+from dropblock_det.runs.folder import is_finished, last_checkpoints
+from dropblock_det.runs.record import Record, read_record, write_record
 
 THUMBNAIL = 480  # pixels of the longer side
 POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared.
-
-    Attributes:
-        base: the config that all runs share.
-        settings: name -> the small config that makes the setting, the reference among them.
-        seeds: every setting runs once with each.
-        overrides: arguments that every training gets after the configs.
-    """
-
-    base: Path
-    settings: Mapping[str, Path]
-    seeds: tuple[int, ...]
-    overrides: tuple[str, ...] = ()
-
-
-def make_plan(base: Path, settings: Path, seeds: Sequence[int], overrides: Sequence[str] = ()) -> Plan:
-    """Takes every ``*.yaml`` of the folder ``settings`` as a setting.
-
-    Raises:
-        InputError: a missing or broken file, no ``none.yaml``, no seed, one given twice or out of range.
-    """
-    found = {path.stem: path for path in sorted(settings.glob("*.yaml"))}
-    if REFERENCE not in found:
-        raise InputError(f"{settings}: holds no {REFERENCE}.yaml, the setting all others are compared with")
-    for path in (base, *found.values()):
-        read_yaml(path)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {' '.join(map(str, seeds))}: give at least one seed, and each one once")
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise InputError(f"seed {seed}: give whole numbers from 0 to {2**32 - 1}")
-    return Plan(base, {REFERENCE: found[REFERENCE], **found}, tuple(seeds), tuple(overrides))
-
-
-def record_plan(root: Path, plan: Plan) -> None:
-    """Writes ``plan.json``, or adds new settings and seeds to the one that is there.
-
-    Raises:
-        InputError: the folder holds a comparison of another base config, other overrides, or a setting
-            of the same name with other content: their results must not be mixed.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        new: dict[str, Any] = {
-            "base": {"name": plan.base.stem, "config": read_yaml(plan.base)},
-            "overrides": list(plan.overrides),
-            "settings": {name: read_yaml(file) for name, file in plan.settings.items()},
-            "seeds": sorted(plan.seeds),
-        }
-        old = read_plan(root)
-        if old is not None:
-            changed = [key for key in ("base", "overrides") if old[key] != new[key]]
-            changed += [
-                name for name, now in new["settings"].items() if old["settings"].get(name, now) != now
-            ]
-            if changed:
-                raise InputError(
-                    f"{root}: holds a comparison with another {', another '.join(changed)}; give another "
-                    "--runs folder or remove this one, for results of different configs must not be mixed"
-                )
-            new["settings"] = {**old["settings"], **new["settings"]}
-            new["seeds"] = sorted({*old["seeds"], *new["seeds"]})
-        write_json(root / PLAN_NAME, new)
+LOCK_NAME = ".comparison.lock"  # besides the training's own
 
 
 @dataclass(frozen=True)
@@ -124,19 +47,25 @@ class Runner:
 
     Attributes:
         root: the comparison's folder.
-        plan: what is compared.
         command: the training program and its first arguments; the configs, the seed and the folder follow.
+        base: the config that all runs share.
+        settings: name -> the config of the setting.
         runs: what this process is to see to, in order.
+        overrides: arguments that every training gets after the configs.
+        vary_subset: each seed draws a training subset of its own.
         devices: one worker for each: ``"cpu"``, a GPU's number, or ``None`` for what the config says.
-        on_record: called after each run that finished or failed.
+        on_result: called after each run that finished or failed.
     """
 
     root: Path
-    plan: Plan
     command: Sequence[str]
+    base: Path
+    settings: Mapping[str, Path]
     runs: Sequence[Run]
+    overrides: Sequence[str] = ()
+    vary_subset: bool = False
     devices: Sequence[str | None] = (None,)
-    on_record: Callable[[Run, Record], None] = lambda run, record: None
+    on_result: Callable[[Run, Record], None] = lambda run, record: None
     active: dict[int, Run] = field(default_factory=dict, init=False)  # worker -> its run
     waiting: bool = field(default=False, init=False)  # for runs that another process holds
 
@@ -151,21 +80,21 @@ class Runner:
         """Runs not yet finished or failed."""
         return len(self._pending) + len(self.active)
 
-    def work(self, tick: Callable[[], None] = lambda: None) -> None:
+    def work(self, on_progress: Callable[[], None] = lambda: None) -> None:
         """Runs until nothing is left.
 
         On ``KeyboardInterrupt`` the trainings are ended (they go on from their checkpoints next time) before
         it is raised again.
 
         Args:
-            tick: called every fifth of a second, from the calling thread: for a progress bar.
+            on_progress: called every fifth of a second, from the calling thread: for a progress bar.
         """
         workers = [threading.Thread(target=self._worker, args=(n, d)) for n, d in enumerate(self.devices)]
         try:
             for worker in workers:
                 worker.start()
             while any(worker.is_alive() for worker in workers):
-                tick()
+                on_progress()
                 self._stop.wait(POLL_S)
         finally:
             self._stop.set()
@@ -179,11 +108,11 @@ class Runner:
             while not self._stop.is_set() and (taken := self._take(number)):
                 run, lock = taken
                 with lock:
-                    record = self._train(run, device, lock)
+                    record = self._see_to(run, device, lock)
                 with self._mutex:
                     del self.active[number]
                 if record is not None:
-                    self.on_record(run, record)
+                    self.on_result(run, record)
         except BaseException as fault:  # handed to the main thread, which raises it
             self._faults.append(fault)
             self._stop.set()
@@ -194,12 +123,11 @@ class Runner:
             with self._mutex:
                 for run in list(self._pending):
                     folder = run_folder(self.root, run.setting, run.seed)
-                    lock = _try_lock(folder)
+                    lock = take_lock(folder / LOCK_NAME)
                     if lock is None:
                         continue
                     self._pending.remove(run)
-                    record = read_record(folder)
-                    if record is not None and record.finished:
+                    if is_finished(folder):
                         lock.close()
                         continue
                     self.active[number] = run
@@ -211,42 +139,43 @@ class Runner:
             self._stop.wait(POLL_S)
         return None
 
-    def _train(self, run: Run, device: str | None, lock: IO[str]) -> Record | None:
-        """Trains in a process of its own; ``None`` when it was interrupted."""
+    def _see_to(self, run: Run, device: str | None, lock: IO[str]) -> Record | None:
+        """Trains, and gives the record of what came of it; ``None`` when it was interrupted."""
         folder = run_folder(self.root, run.setting, run.seed)
-        failure = None
-        if not _finished(folder):
-            arguments = ["--config", str(self.plan.base), "--config", str(self.plan.settings[run.setting])]
-            arguments += ["--seed_everything", str(run.seed), "--output", str(folder), *self.plan.overrides]
-            with (folder / "train.log").open("a+", encoding="utf-8", errors="replace") as log:
-                log.seek(0, os.SEEK_END)
-                start = log.tell()
-                process = subprocess.Popen(
-                    [*self.command, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **_device_environment(device)},
-                    pass_fds=(lock.fileno(),),
-                )
-                status = self._wait(process)
-                if status is None or -status in (signal.SIGINT, signal.SIGTERM) or status in (130, 143):
-                    return None
-                if not _finished(folder):
-                    log.seek(start)
-                    failure = _reason(log.read(), status)
-        resolved = folder / "config.yaml"
-        config = read_yaml(resolved) if resolved.exists() else {}
-        record = _with_thumbnails(
-            self.root, record_from_run(folder, run.setting, run.seed, config=config, failure=failure)
-        )
-        write_json(folder / RECORD_NAME, record.to_dict())
+        ended = self._train(run, folder, device, lock)
+        if ended is None:
+            return None
+        record = read_record(folder) or Record(task="", metrics=(), headline="", status="running")
         if record.finished:
-            for checkpoint in folder.glob(
-                "checkpoints/last-*.ckpt"
-            ):  # only for resuming; hundreds of MB each
+            keep_thumbnails(self.root, record)
+            for checkpoint in last_checkpoints(folder):  # only for resuming; hundreds of MB each
                 checkpoint.unlink()
+        else:
+            record = replace(record, status="failed", reason=ended)
+            write_record(folder, record)
         return record
+
+    def _train(self, run: Run, folder: Path, device: str | None, lock: IO[str]) -> str | None:
+        """Trains in a process of its own; says in one line how it ended, or ``None`` when interrupted."""
+        arguments = ["--config", str(self.base), "--config", str(self.settings[run.setting])]
+        arguments += ["--seed_everything", str(run.seed), "--output", str(folder)]
+        arguments += [SUBSET, str(run.seed)] if self.vary_subset else []
+        with (folder / "train.log").open("a+", encoding="utf-8", errors="replace") as log:
+            log.seek(0, os.SEEK_END)
+            start = log.tell()
+            process = subprocess.Popen(
+                [*self.command, *arguments, *self.overrides],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_device_environment(device)},
+                pass_fds=(lock.fileno(),),
+            )
+            status = self._wait(process)
+            if status is None or -status in (signal.SIGINT, signal.SIGTERM) or status in (130, 143):
+                return None
+            log.seek(start)
+            return _reason(log.read(), status)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
         """The exit status, or ``None`` after this comparison was stopped and the training with it."""
@@ -262,29 +191,10 @@ class Runner:
         return status
 
 
-def _try_lock(folder: Path) -> IO[str] | None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
-
-
-def _finished(folder: Path) -> bool:
-    path = folder / SUMMARY_NAME
-    return path.exists() and bool(read_json(path).get("finished"))
-
-
 def epochs_done(folder: Path) -> tuple[int, int | None]:
     """How far a training is: epochs done, and of how many (``None`` before the first is done)."""
-    path = folder / SUMMARY_NAME
-    if not path.exists():
-        return 0, None
-    summary = read_json(path)
-    return len(summary.get("epochs", [])), summary.get("max_epochs")
+    record = read_record(folder)
+    return (len(record.epochs), record.max_epochs) if record else (0, None)
 
 
 def _device_environment(device: str | None) -> dict[str, str]:
@@ -304,22 +214,19 @@ def _reason(log: str, status: int) -> str:
         return f"ended by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b.*", line)]
-    said = errors[-1] if errors else lines[-1] if lines else "it printed nothing"
-    return f"{said.removeprefix('error: ')[:300]} (exit status {status})"
+    last = errors[-1] if errors else lines[-1] if lines else "it printed nothing"
+    return f"{last.removeprefix('error: ')[:300]} (exit status {status})"
 
 
-def _with_thumbnails(root: Path, record: Record) -> Record:
-    """Keeps a small copy of each shown image once for the whole comparison, and drops its path."""
-    kept = []
-    for shown in record.detections:
-        target = root / "images" / f"{shown['image_id']}.jpg"
-        source = Path(shown.get("file", ""))
-        if not target.exists() and source.is_file():
-            small = io.BytesIO()
-            with Image.open(source) as image:
-                copy = image.convert("RGB")
-            copy.thumbnail((THUMBNAIL, THUMBNAIL))
-            copy.save(small, "JPEG", quality=85)
-            write_bytes(target, small.getvalue())
-        kept.append({key: value for key, value in shown.items() if key != "file"})
-    return Record.from_dict(record.to_dict() | {"detections": kept})
+def keep_thumbnails(root: Path, record: Record) -> None:
+    """Keeps a small copy of each image that a record shows, once for the whole comparison."""
+    for sample in record.samples:
+        target = root / "images" / f"{sample.id}.jpg"
+        if sample.file is None or target.exists() or not Path(sample.file).is_file():
+            continue
+        small = io.BytesIO()
+        with Image.open(sample.file) as image:
+            copy = image.convert("RGB")
+        copy.thumbnail((THUMBNAIL, THUMBNAIL))
+        copy.save(small, "JPEG", quality=85)
+        write_bytes(target, small.getvalue())

@@ -5,6 +5,7 @@ the headline, the record says itself, as its task declared it.
 """
 
 import importlib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,51 +16,15 @@ from msgspec import Meta
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import checked, read_json, write_json
+from dropblock_det.tasks.evaluation import Sample
 from dropblock_det.tasks.metric import Metric
 
 RECORD_NAME = "record.json"
 MAX_BYTES = 2**28
 
-Epoch = dict[str, int | float | None]
+Number = Annotated[int, Meta(ge=-(2**62), le=2**62)] | Annotated[float, Meta(ge=-1e100, le=1e100)]
+Epoch = dict[str, Number | None]
 """One epoch's values by name, ``epoch`` (from 0) and ``step`` among them; ``None``: not measured."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What an image shows, or what the model sees there.
-
-    Attributes:
-        category: the category's name.
-        bbox: COCO's ``x, y, width, height`` in pixels; ``None`` where the category is the whole image's.
-        score: the model's, between 0 and 1; ``None`` for the truth.
-    """
-
-    category: str
-    bbox: tuple[float, float, float, float] | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A validation image to look at.
-
-    Attributes:
-        id: names its thumbnail.
-        kind: what is to be seen on it: ``boxes``, or a ``label`` for the whole image.
-        width: pixels.
-        height: pixels.
-        truth: the annotations.
-        predicted: the model's, best first.
-        file: the image on the disk of the training.
-    """
-
-    id: Annotated[str, Meta(pattern=r"^[\w-]{1,100}$")]
-    kind: Literal["boxes", "label"]
-    width: Annotated[int, Meta(ge=1)]
-    height: Annotated[int, Meta(ge=1)]
-    truth: tuple[Mark, ...] = ()
-    predicted: tuple[Mark, ...] = ()
-    file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +76,18 @@ class Record:
 
     def __post_init__(self) -> None:
         """Raises ``ValueError``, which names what doesn't fit."""
-        if self.metrics and self.headline not in {metric.name for metric in self.metrics}:
+        names = [metric.name for metric in self.metrics]
+        if len({*names}) < len(names):
+            raise ValueError("two metrics have the same name")
+        if (names or self.finished) and self.headline not in names:
             raise ValueError(f"headline {self.headline!r} is none of the metrics")
-        for number, epoch in enumerate(self.epochs):
-            if not {"epoch", "step"} <= epoch.keys():
-                raise ValueError(f"epochs[{number}] has no 'epoch' or no 'step'")
+        for name in ("epoch", "step"):
+            numbers = [epoch.get(name) for epoch in self.epochs]
+            if not all(isinstance(number, int) and number >= 0 for number in numbers):
+                raise ValueError(f"an epoch has no whole number {name!r}")
+        epochs = [epoch["epoch"] or 0 for epoch in self.epochs]
+        if any(later <= earlier for earlier, later in itertools.pairwise(epochs)):
+            raise ValueError("its epochs are not in rising order")
 
     @property
     def finished(self) -> bool:

@@ -23,16 +23,17 @@ from dropblock_det.commands import PlainConsole, parsed
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_yaml, write_text
-from dropblock_det.runs.recorder import (
-    AtomicCheckpointIO,
-    RunRecord,
+from dropblock_det.runs.checkpoints import AtomicCheckpointIO, Checkpoints
+from dropblock_det.runs.folder import (
+    CONFIG_NAME,
+    best_checkpoint,
     check_same_config,
-    checkpoint_callbacks,
     is_finished,
     newest_checkpoint,
     read_config,
-    read_summary,
 )
+from dropblock_det.runs.record import Epoch, read_record
+from dropblock_det.runs.recorder import RunRecord
 from dropblock_det.tasks.detection.module import DetectionModule
 from dropblock_det.training.launch import (
     Sound,
@@ -106,12 +107,13 @@ class DetectionCLI(LightningCLI):
         if not self.finished:
             self.stack.enter_context(sole_use(self.output))
         self.resume_from = newest_checkpoint(self.output)
-        if self.finished or self.resume_from or (self.output / "config.yaml").exists():
+        if self.finished or self.resume_from or (self.output / CONFIG_NAME).exists():
             check_same_config(self.output, resolved_config(self.parser, self.config))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, the record and a progress bar."""
-        callbacks: list[Callback] = [Sound(), RunRecord(self.output), *checkpoint_callbacks(self.output)]
+        recorder = RunRecord(self.output)
+        callbacks: list[Callback] = [Sound(), recorder, Checkpoints(recorder)]
         if self.config["trainer"]["enable_progress_bar"] is not False:
             callbacks.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = callbacks
@@ -132,7 +134,7 @@ class SaveConfig(SaveConfigCallback):
         """Called on the first process only."""
         folder = Path(self.config["output"])
         text = yaml.safe_dump(resolved_config(self.parser, self.config), sort_keys=False)
-        write_text(folder / "config.yaml", text)
+        write_text(folder / CONFIG_NAME, text)
 
 
 def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
@@ -213,7 +215,7 @@ def spelled_out(args: Sequence[str], default_config: Path) -> list[str]:
             f"--output {seen.output}: --resume goes on in {given.resume} itself; leave --output out, "
             "or copy the folder and resume the copy"
         )
-    return [f"--config={given.resume}/config.yaml", *rest, f"--output={given.resume}"]
+    return [f"--config={given.resume}/{CONFIG_NAME}", *rest, f"--output={given.resume}"]
 
 
 @refusals()
@@ -248,19 +250,24 @@ def train(default_config: Path, args: Sequence[str] | None = None) -> None:
 
 def print_result(folder: Path) -> None:
     """Prints the best and the last epoch of a run, its files, and how to evaluate it."""
-    epochs = read_summary(folder)["epochs"]
-    columns = ("loss", "val_loss", "mAP", "AP50", "AP75")
+    record = read_record(folder)
+    assert record is not None
     table = Table(title=str(folder))
-    for column in ("epoch", *columns):
+    for column in ("epoch", *(metric.title for metric in record.metrics)):
         table.add_column(column, justify="right")
-    best = max(epochs, key=lambda epoch: epoch["mAP"] or 0.0)
-    for name, epoch in (("best", best), ("last", epochs[-1])):
-        values = ("-" if epoch[column] is None else f"{epoch[column]:.4f}" for column in columns)
-        table.add_row(f"{name} ({epoch['epoch'] + 1})", *values)
+
+    def add_row(name: str, epoch: Epoch) -> None:
+        values = [(metric, epoch.get(metric.name)) for metric in record.metrics]
+        shown = ("-" if v is None else f"{metric.scale * v:.{metric.digits}f}" for metric, v in values)
+        table.add_row(f"{name} ({(epoch['epoch'] or 0) + 1})", *shown)
+
+    if best := record.best(record.headline):
+        add_row("best", best)
+    add_row("last", record.epochs[-1])
     console = PlainConsole()
     console.print(table)
-    console.print(f"pictures    {folder}/detections.png, {folder}/curves.png")
-    checkpoint = folder / "checkpoints" / "best.ckpt"
+    console.print(f"pictures    {folder}/samples.png, {folder}/curves.png")
+    checkpoint = best_checkpoint(folder)
     if checkpoint.exists():  # people remove what takes hundreds of MB
         console.print(f"checkpoint  {checkpoint}")
         console.print(f"evaluate    python tools/evaluate.py {checkpoint}")

@@ -12,8 +12,7 @@ from dropblock_det.commands import PlainConsole
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.files import check_replaceable, write_json
-from dropblock_det.runs.recorder import load_checkpoint
-from dropblock_det.tasks.detection.coco_eval import FIGURES
+from dropblock_det.runs.checkpoints import load_checkpoint
 from dropblock_det.tasks.detection.module import DetectionModule
 from dropblock_det.training.launch import refusals
 
@@ -29,7 +28,7 @@ def evaluate(
     accelerator: str = "auto",
     devices: Count = 1,
 ) -> dict[str, float]:
-    """Evaluates a checkpoint: the twelve COCO figures and val_loss, from it and the images alone.
+    """Evaluates a checkpoint: its task's metrics and val_loss, from it and the images alone.
 
     Args:
         checkpoint: A .ckpt file that tools/train.py wrote.
@@ -42,7 +41,7 @@ def evaluate(
         devices: How many of them.
 
     Returns:
-        The figures by name.
+        The values by the metrics' names.
 
     Raises:
         InputError: A checkpoint that is not ours, one with other categories than the data, or results that
@@ -70,15 +69,16 @@ def evaluate(
         devices=devices,
     )
     trainer.validate(module, datamodule, verbose=False)
-    figures = {name: float(trainer.callback_metrics[name]) for name in (*FIGURES, "val_loss")}
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    values = {name: value for name, value in logged.items() if not name.startswith("val_loss_")}  # its parts
     if trainer.is_global_zero:
-        table = Table("figure", Column("value", justify="right"), title=str(checkpoint))
-        for name, value in figures.items():
+        table = Table("metric", Column("value", justify="right"), title=str(checkpoint))
+        for name, value in values.items():
             table.add_row(name, f"{value:.4f}")
         PlainConsole().print(table)
         if results is not None:
-            write_json(results, module.detections)
-    return figures
+            write_json(results, module.predictions)
+    return values
 
 
 def _module(content: dict[str, Any], checkpoint: Path) -> DetectionModule:

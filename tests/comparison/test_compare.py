@@ -1,5 +1,4 @@
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,15 @@ from support.synthetic_runs import invented_runs
 from support.the_tools import TOOLS, one_error_line, run_tool, tool_module
 from support.tiny_run import options
 
-from dropblock_det.comparison.runner import Plan, Run, Runner, make_plan, record_plan
+from dropblock_det.comparison.gather import gather
+from dropblock_det.comparison.plan import Plan, find_settings, make_plan, read_plan, record_plan, run_folder
+from dropblock_det.comparison.runner import LOCK_NAME, Run, Runner
 from dropblock_det.errors import InputError
-from dropblock_det.files import read_json, write_json
-from dropblock_det.runs.record_v1 import read_comparison, read_record, run_folder
+from dropblock_det.files import read_json, take_lock, write_json
+from dropblock_det.runs.record import read_record, write_record
 
 ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs/quickstart.yaml"
 FAKE = [sys.executable, str(ROOT / "tests/support/fake_training.py")]
 
 
@@ -37,20 +40,33 @@ def configs(folder: Path, **settings) -> tuple[Path, Path]:
     return base, folder / "settings"
 
 
+def planned(base: Path, settings: Path, *args, **kwargs) -> Plan:
+    return make_plan(base, find_settings(settings), *args, **kwargs)
+
+
 def all_runs(plan: Plan) -> list[Run]:
     return [Run(setting, seed) for seed in plan.seeds for setting in plan.settings]
 
 
-def compare(folder: Path, plan: Plan, **kwargs) -> list[tuple[Run, bool]]:
-    record_plan(folder, plan)
+def runner(root: Path, folder: Path, plan: Plan, command=FAKE, **kwargs) -> Runner:
+    """Of all the plan's runs, whose configs :func:`configs` has written to ``folder``."""
+    base, settings = folder / "base.yaml", find_settings(folder / "settings")
+    runs, overrides = all_runs(plan), plan.overrides
+    return Runner(root, command, base, settings, runs, overrides, plan.vary_subset, **kwargs)
+
+
+def compare(folder: Path, seeds, *overrides, **kwargs) -> list[tuple[Run, bool]]:
+    """Compares the settings in ``folder``; the runs that were trained, and whether they finished."""
+    devices = {"devices": kwargs.pop("devices")} if "devices" in kwargs else {}
+    plan = planned(folder / "base.yaml", folder / "settings", seeds, overrides, **kwargs)
+    record_plan(folder / "runs", plan)
     done = []
-    Runner(
+    runner(
+        folder / "runs",
         folder,
         plan,
-        FAKE,
-        all_runs(plan),
-        on_record=lambda run, record: done.append((run, record.finished)),
-        **kwargs,
+        on_result=lambda run, record: done.append((run, record.finished)),
+        **devices,
     ).work()
     return done
 
@@ -63,49 +79,120 @@ def figures(root: Path) -> dict:
     """All that must not depend on how often a comparison was interrupted."""
     names = ("epoch", "step", "loss", "val_loss", "mAP", "AP50", "AP75", "p")
     return {
-        (r.setting, r.seed): [tuple(getattr(e, n) for n in names) for e in r.epochs]
-        for r in read_comparison(root).records
+        (r.setting, r.seed): [tuple(e.get(n) for n in names) for e in r.epochs] for r in gather(root).records
     }
 
 
 def test_every_setting_with_every_seed_once(tmp_path):
-    plan = make_plan(*configs(tmp_path, a={}, b={}), [3, 4])
+    configs(tmp_path, a={}, b={})
     root = tmp_path / "runs"
-    done = compare(root, plan)
-    assert done == [(run, True) for run in all_runs(plan)]
-    assert [run.setting for run, _ in done[:3]] == ["none", "a", "b"]
-    comparison = read_comparison(root)
+    done = compare(tmp_path, [3, 4])
+    everything = [Run(setting, seed) for seed in (3, 4) for setting in ("none", "a", "b")]
+    assert done == [(run, True) for run in everything]
+    comparison = gather(root)
     assert (comparison.base, comparison.settings, comparison.seeds) == ("base", ("none", "a", "b"), (3, 4))
     assert comparison.absent == ()
     assert all(len(record.epochs) == 4 for record in comparison.records)
-    assert compare(root, plan) == []  # nothing left, nothing started
-    assert all(len(starts(root, run)) == 1 for run in all_runs(plan))
+    assert compare(tmp_path, [3, 4]) == []  # nothing left, nothing started
+    assert all(len(starts(root, run)) == 1 for run in everything)
 
 
 def test_a_new_setting_and_a_new_seed_join(tmp_path):
-    base, settings = configs(tmp_path, a={})
-    compare(tmp_path / "runs", make_plan(base, settings, [0]))
+    _, settings = configs(tmp_path, a={})
+    compare(tmp_path, [0])
     (settings / "mine.yaml").write_text("name: mine\n")
-    done = compare(tmp_path / "runs", make_plan(base, settings, [1]))
+    done = compare(tmp_path, [1])
     assert [run for run, _ in done] == [Run("none", 1), Run("a", 1), Run("mine", 1)]
-    absent = read_comparison(tmp_path / "runs").absent
+    absent = gather(tmp_path / "runs").absent
     assert [(a.setting, a.seed, a.status) for a in absent] == [("mine", 0, "not started")]
+
+
+def test_seeds_added_after_looking_are_marked(tmp_path):
+    """Those named before anything was finished are announced, as a cluster's jobs do one by one."""
+    base, settings = configs(tmp_path)
+    root = tmp_path / "runs"
+    record_plan(root, planned(base, settings, [2]))
+    record_plan(root, planned(base, settings, [5, 1]))
+    assert read_plan(root).announced_seeds == (1, 2, 5)
+    assert gather(root).late_seeds == ()
+    compare(tmp_path, [2])
+    compare(tmp_path, [7, 1])
+    assert read_plan(root).seeds == (1, 2, 5, 7)
+    assert gather(root).late_seeds == (7,)
+
+
+def test_a_plan_of_an_older_version_marks_no_seed(tmp_path):
+    base, settings = configs(tmp_path)
+    plan = planned(base, settings, [0, 1])
+    old = {"base": plan.base, "settings": plan.settings, "seeds": [0, 1], "overrides": []}
+    write_json(tmp_path / "runs/plan.json", old)
+    assert gather(tmp_path / "runs").late_seeds == ()
+    compare(tmp_path, [0])
+    compare(tmp_path, [2])
+    assert gather(tmp_path / "runs").late_seeds == (2,)
+
+
+def test_each_seed_can_draw_another_training_subset(tmp_path):
+    base, _ = configs(tmp_path, a={})
+    with pytest.raises(InputError, match="no subset is drawn; give data"):
+        compare(tmp_path, [0], vary_subset=True)
+    base.write_text("data: {init_args: {train_subset: 8}}\n")
+    compare(tmp_path, [3, 4], vary_subset=True)
+    root = tmp_path / "runs"
+    assert gather(root).vary_subset
+    for setting in ("none", "a"):
+        for seed in (3, 4):
+            words = (run_folder(root, setting, seed) / "arguments.txt").read_text().splitlines()
+            assert words[words.index("--data.train_subset_seed") + 1] == str(seed)
+    with pytest.raises(InputError, match="another vary_subset; give another --runs"):
+        compare(tmp_path, [3, 4])
 
 
 def test_other_configs_do_not_mix(tmp_path):
     base, settings = configs(tmp_path, a={})
     root = tmp_path / "runs"
-    record_plan(root, make_plan(base, settings, [0]))
+    record_plan(root, planned(base, settings, [0]))
     with pytest.raises(InputError, match="another overrides"):
-        record_plan(root, make_plan(base, settings, [0], ["--max_epochs", "9"]))
+        record_plan(root, planned(base, settings, [0], ["--max_epochs", "9"]))
     base.write_text("# a comment changes nothing\ntrainer: {max_epochs: 4}\n")
-    record_plan(root, make_plan(base, settings, [0]))
+    record_plan(root, planned(base, settings, [0]))
     (settings / "a.yaml").write_text("p: 0.5\n")
     with pytest.raises(InputError, match="another a; give another --runs"):
-        record_plan(root, make_plan(base, settings, [0]))
+        record_plan(root, planned(base, settings, [0]))
     base.write_text("trainer: {max_epochs: 5}\n")
     with pytest.raises(InputError, match="another base, another a"):
-        record_plan(root, make_plan(base, settings, [0]))
+        record_plan(root, planned(base, settings, [0]))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--seed_everything=5", "--seed_everything", "--config", "-c", "--config=x.yaml", "--output=x"),
+        *("--resume", "--regularize.p=0.3", "--regularize", "--print_config", "--help"),
+    ],
+)
+def test_overrides_of_what_makes_the_runs_differ_are_refused(argument, tmp_path):
+    with pytest.raises(InputError, match=f"{argument.split('=')[0]}: compare.py sets that itself"):
+        planned(*configs(tmp_path), [0], ["--data.root", "x", argument, "5"])
+
+
+def test_the_subset_s_seed_is_compare_s_own_where_it_varies(tmp_path):
+    base, settings = configs(tmp_path)
+    for name in ("--data.train_subset_seed", "--data.init_args.subset_seed"):
+        overrides = ["--data.train_subset=8", f"{name}=3"]
+        assert planned(base, settings, [0], overrides).overrides == tuple(overrides)
+        with pytest.raises(InputError, match=f"{name}: compare.py sets that itself"):
+            planned(base, settings, [0], overrides, vary_subset=True)
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "-x", "a\x1b[31m", "a\n", "x" * 101, "a\udc80"])
+def test_names_that_cannot_be_folders_are_refused(name, tmp_path):
+    """``...yaml`` is called ``..``, and its runs would be written beside the comparison's folder."""
+    _, settings = configs(tmp_path)
+    (settings / f"{name}.yaml").touch()
+    with pytest.raises(InputError, match="its name becomes a folder's") as caught:
+        find_settings(settings)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -125,29 +212,41 @@ def test_wrong_plans_are_input_errors(tmp_path, break_it, seeds, words):
     base, settings = configs(tmp_path, a={})
     break_it(base, settings)
     with pytest.raises(InputError, match=words) as caught:
-        make_plan(base, settings, seeds)
+        planned(base, settings, seeds)
     assert "\n" not in str(caught.value)
 
 
 def test_a_failed_run_says_why_keeps_its_epochs_and_is_tried_again(tmp_path):
-    base, settings = configs(tmp_path, bad={"fail": "loss is not finite"}, good={})
-    root, plan = tmp_path / "runs", make_plan(base, settings, [0])
-    assert dict(compare(root, plan)) == {Run("none", 0): True, Run("bad", 0): False, Run("good", 0): True}
-    (absent,) = read_comparison(root).absent
-    assert (absent.setting, absent.status, absent.epochs) == ("bad", "failed", 1)
-    assert absent.reason == "loss is not finite (exit status 2)"
-    assert compare(root, plan) == [(Run("bad", 0), False)]
-    assert read_record(run_folder(root, "bad", 0)).epochs[-1].epoch == 1  # it went on from its checkpoint
+    configs(tmp_path, bad={"fail": "loss is not finite"}, dead={"die": "no memory"}, good={})
+    root = tmp_path / "runs"
+    assert dict(compare(tmp_path, [0])) == {
+        Run("none", 0): True,
+        Run("bad", 0): False,
+        Run("dead", 0): False,
+        Run("good", 0): True,
+    }
+    assert [(a.setting, a.status, a.epochs, a.reason) for a in gather(root).absent] == [
+        ("bad", "failed", 1, "loss is not finite (exit status 2)"),
+        ("dead", "failed", 0, "no memory (exit status 1)"),
+    ]
+    assert compare(tmp_path, [0]) == [(Run("bad", 0), False), (Run("dead", 0), False)]
+    assert read_record(run_folder(root, "bad", 0)).epochs[-1]["epoch"] == 1  # it went on from its checkpoint
+
+
+def test_only_a_failed_run_keeps_what_it_resumes_from(tmp_path):
+    configs(tmp_path, bad={"fail": "loss is not finite"})
+    compare(tmp_path, [0])
+    assert [path.parts[-4] for path in tmp_path.glob("runs/*/*/checkpoints/*")] == ["bad"]
 
 
 def test_a_training_killed_from_outside_is_failed_with_the_reason(tmp_path):
-    base, settings = configs(tmp_path, slow={"sleep": 30})
-    root, plan = tmp_path / "runs", make_plan(base, settings, [0])
+    configs(tmp_path, slow={"sleep": 30})
+    root = tmp_path / "runs"
     killer = threading.Thread(target=lambda: os.kill(wait_for_training(root / "slow/seed0"), signal.SIGKILL))
     killer.start()
-    assert dict(compare(root, plan))[Run("slow", 0)] is False
+    assert dict(compare(tmp_path, [0]))[Run("slow", 0)] is False
     killer.join()
-    assert read_comparison(root).absent[0].reason == "ended by SIGKILL (out of memory?)"
+    assert gather(root).absent[0].reason == "ended by SIGKILL (out of memory?)"
 
 
 def wait_for_training(folder: Path, seconds: float = 20) -> int:
@@ -167,55 +266,81 @@ def wait_for_training(folder: Path, seconds: float = 20) -> int:
 
 
 def test_two_workers_share_the_runs_and_see_their_own_device(tmp_path):
-    base, settings = configs(tmp_path, a={}, b={}, c={})
-    root, plan = tmp_path / "runs", make_plan(base, settings, [0, 1])
-    done = compare(root, plan, devices=["3", "cpu"])
-    assert sorted(map(str, (run for run, _ in done))) == sorted(map(str, all_runs(plan)))
-    seen = [starts(root, run) for run in all_runs(plan)]
+    configs(tmp_path, a={}, b={}, c={})
+    everything = [Run(setting, seed) for seed in (0, 1) for setting in ("none", "a", "b", "c")]
+    done = compare(tmp_path, [0, 1], devices=["3", "cpu"])
+    assert sorted(map(str, (run for run, _ in done))) == sorted(map(str, everything))
+    seen = [starts(tmp_path / "runs", run) for run in everything]
     assert all(len(s) <= 1 for s in seen)  # CUDA_VISIBLE_DEVICES: "3", or empty for cpu
     assert {s[0] if s else "" for s in seen} == {"3", ""}
 
 
 def test_a_run_that_another_process_holds_is_left_to_it(tmp_path):
-    base, settings = configs(tmp_path, a={})
-    root, plan = tmp_path / "runs", make_plan(base, settings, [0])
+    plan = planned(*configs(tmp_path, a={}), [0])
+    root = tmp_path / "runs"
     record_plan(root, plan)
     folder = run_folder(root, "none", 0)
-    folder.mkdir(parents=True)
-    lock = (folder / ".lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    runner = Runner(root, plan, FAKE, all_runs(plan))
+    lock = take_lock(folder / LOCK_NAME)
+    work = runner(root, tmp_path, plan)
     seen = []
 
-    def tick():
-        if read_record(run_folder(root, "a", 0)) is not None and runner.waiting and not lock.closed:
+    def on_progress():
+        other = read_record(run_folder(root, "a", 0))
+        if other is not None and other.finished and work.waiting and not lock.closed:
             seen.append((folder / "starts.txt").exists())
-            write_json(
-                folder / "record.json", {**read_record(run_folder(root, "a", 0)).to_dict(), "setting": "none"}
-            )
+            write_record(folder, replace(other, epochs=other.epochs[:1]))
             lock.close()  # the other process has finished it
 
-    runner.work(tick)
+    work.work(on_progress)
     assert seen == [False]
     assert not (folder / "starts.txt").exists()
-    assert read_comparison(root).absent == ()
+    assert gather(root).absent == ()
 
 
 def test_a_worker_s_fault_reaches_the_caller(tmp_path):
-    plan = make_plan(*configs(tmp_path), [0])
+    plan = planned(*configs(tmp_path), [0])
     with pytest.raises(FileNotFoundError):
-        Runner(tmp_path / "runs", plan, ["/no/such/program"], all_runs(plan)).work()
+        runner(tmp_path / "runs", tmp_path, plan, ["/no/such/program"]).work()
 
 
-def test_thumbnails_are_kept_once_and_no_path_is_recorded(tmp_path):
+def test_thumbnails_are_kept_once(tmp_path):
     Image.new("RGB", (1000, 500), "red").save(tmp_path / "big.png")
-    base, settings = configs(tmp_path, a={"picture": str(tmp_path / "big.png")})
-    root = tmp_path / "runs"
-    compare(root, make_plan(base, settings, [0]))
-    with Image.open(root / "images/7.jpg") as image:
+    configs(tmp_path, a={"picture": str(tmp_path / "big.png")})
+    compare(tmp_path, [0])
+    with Image.open(tmp_path / "runs/images/7.jpg") as image:
         assert image.size == (480, 240)
-    assert [p.name for p in (root / "images").iterdir()] == ["7.jpg"]
-    assert "file" not in read_record(run_folder(root, "a", 0)).detections[0]
+    assert [p.name for p in (tmp_path / "runs/images").iterdir()] == ["7.jpg"]
+
+
+def test_a_copied_record_is_named(tmp_path):
+    """Under another seed its own seed gives it away, under another setting its epochs do."""
+    root = invented_runs(tmp_path / "runs", settings=("none", "a"), seeds=(0, 1))
+    record = (run_folder(root, "a", 1) / "record.json").read_text()
+    for setting, seed, message in (
+        ("a", 0, "a/seed0: holds the record of a seed 1; remove the copy"),
+        ("none", 1, "none/seed1: holds the same record as .*a/seed1; remove the copy"),
+    ):
+        target = run_folder(root, setting, seed) / "record.json"
+        own = target.read_text()
+        target.write_text(record)
+        with pytest.raises(InputError, match=message):
+            gather(root)
+        target.write_text(own)
+    assert len(gather(root).records) == 4
+
+
+def test_runs_that_measure_other_things_are_not_compared(tmp_path):
+    root = invented_runs(tmp_path / "runs", settings=("none", "a"), seeds=(0,))
+    folder = run_folder(root, "a", 0)
+    record = read_record(folder)
+    for other in (
+        replace(record, task="classification"),
+        replace(record, headline="AP50"),
+        replace(record, metrics=record.metrics[:3]),
+    ):
+        write_record(folder, other)
+        with pytest.raises(InputError, match=r"a/seed0: measures .*; no table can compare them"):
+            gather(root)
 
 
 # --- killed ------------------------------------------------------------------------------------
@@ -224,12 +349,13 @@ def test_thumbnails_are_kept_once_and_no_path_is_recorded(tmp_path):
 DRIVER = """
 import sys
 from pathlib import Path
-from dropblock_det.comparison.runner import Run, Runner, make_plan, record_plan
-folder, *command = sys.argv[1:]
-plan = make_plan(Path(folder) / "base.yaml", Path(folder) / "settings", [0, 1])
-root = Path(folder) / "runs"
+from dropblock_det.comparison.plan import find_settings, make_plan, record_plan
+from dropblock_det.comparison.runner import Run, Runner
+folder, command = Path(sys.argv[1]), sys.argv[2:]
+base, settings, root = folder / "base.yaml", find_settings(folder / "settings"), folder / "runs"
+plan = make_plan(base, settings, [0, 1])
 record_plan(root, plan)
-Runner(root, plan, command, [Run(s, n) for n in plan.seeds for s in plan.settings]).work()
+Runner(root, command, base, settings, [Run(s, n) for n in plan.seeds for s in settings]).work()
 """
 
 
@@ -280,7 +406,7 @@ def test_a_training_that_outlives_its_comparison_is_waited_for(tmp_path):
     process = driver(tmp_path)
     assert process.wait(60) == 0, process.stderr.read()
     assert starts(tmp_path / "runs", Run("slow", 0)) == ["None"]  # started once, by the first
-    assert read_comparison(tmp_path / "runs").absent == ()
+    assert gather(tmp_path / "runs").absent == ()
 
 
 def states(root: Path) -> set[tuple[Path, int]]:
@@ -339,13 +465,11 @@ def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
     assert [len(epochs) for epochs in calm.values()] == [6, 6]
     assert figures(tmp_path / "killed") == calm, f"killed after (changes, seconds) {moments}"
     shown = [
-        {(r.setting, r.seed): r.detections for r in read_comparison(tmp_path / name).records}
+        {(r.setting, r.seed): [s.predicted for s in r.samples] for r in gather(tmp_path / name).records}
         for name in ("calm", "killed")
     ]
     assert shown[0] == shown[1]
-    inits = [
-        {r.seed: r.init_hash for r in read_comparison(tmp_path / name).records} for name in ("calm", "killed")
-    ]
+    inits = [{r.seed: r.init_hash for r in gather(tmp_path / name).records} for name in ("calm", "killed")]
     assert inits[0] == inits[1]
 
 
@@ -357,7 +481,7 @@ def test_ctrl_c_ends_the_training_and_writes_no_record(tmp_path):
     assert process.wait(20) != 0
     assert b"KeyboardInterrupt" in process.stderr.read()
     assert not Path(f"/proc/{training}").exists()
-    comparison = read_comparison(tmp_path / "runs")
+    comparison = gather(tmp_path / "runs")
     assert [(a.setting, a.seed, a.status) for a in comparison.absent][:2] == [
         ("none", 1, "not started"),
         ("slow", 0, "not started"),
@@ -372,12 +496,14 @@ def test_ctrl_c_ends_the_training_and_writes_no_record(tmp_path):
     [
         (["report", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["run", "/no/such.yaml"], "/no/such.yaml: cannot be read"),
-        (["run", "--only", "none"], "--only SETTING and --seed S go together"),
-        (["run", "--only", "nine", "--seed", "0"], "no such setting; there are none, "),
-        (["run", "--devices", "gpu"], "--devices gpu: give GPU numbers or cpu"),
-        (["run", "--devices", "cpu", "99"], "--devices 99: "),
-        (["run", "--seeds", "-1"], "seed -1: give whole numbers"),
-        (["run", "--runs", "/proc/no"], "/proc/no: No such file or directory; choose a folder"),
+        (["run", CONFIG, "--only", "none"], "--only SETTING and --seed S go together"),
+        (["run", CONFIG, "--only", "nine", "--seed", "0"], "no such setting; there are none, "),
+        (["run", CONFIG, "--seeds", "1", "--only", "none", "--seed", "0"], "--seed 0: not among --seeds 1"),
+        (["run", CONFIG, "--devices", "gpu"], "--devices gpu: give GPU numbers or cpu"),
+        (["run", CONFIG, "--devices", "cpu", "99"], "--devices 99: "),
+        (["run", CONFIG, "--seeds", "-1"], "seeds: got [-1]"),
+        (["run", CONFIG, "--runs", "/proc/no"], "/proc/no: No such file or directory"),
+        (["run", CONFIG, "--", "--seed_everything", "5"], "--seed_everything: compare.py sets that itself"),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
@@ -406,13 +532,13 @@ def test_single_runs_of_a_cluster_merge_into_one_report(tool, tmp_path, capsys):
     for setting in ("a", "none"):
         for seed in (0, 1):
             common = ["run", base, "--runs", root, "--settings", settings]
-            tool(*common, "--only", setting, "--seed", seed, "--", "--max_epochs", 2)
-    comparison = read_comparison(root)
+            tool(*common, "--seeds", 0, 1, "--only", setting, "--seed", seed, "--", "--max_epochs", 2)
+    comparison = gather(root)
     assert comparison.absent == ()
     assert [(r.setting, r.seed, len(r.epochs)) for r in comparison.records] == [
         (setting, seed, 2) for setting in ("none", "a") for seed in (0, 1)
     ]
-    lowest = min(epoch.loss for epoch in read_record(run_folder(root, "a", 0)).epochs)
+    lowest = min(epoch["loss"] for epoch in read_record(run_folder(root, "a", 0)).epochs)
     assert f"finished a seed 0  loss {lowest:.4f}" in capsys.readouterr().out
     tool("run", base, "--runs", root, "--settings", settings, "--seeds", 0, 1, "--", "--max_epochs", 2)
     out = capsys.readouterr().out
@@ -434,9 +560,7 @@ def test_a_report_that_cannot_be_read_or_written_is_one_line(tool, tmp_path, lin
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
     for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/no")):
-        assert "; choose a folder that you may write to" in line_of(
-            lambda output=output: tool("report", root, "--output", output)
-        )
+        assert str(output) in line_of(lambda output=output: tool("report", root, "--output", output))
     record = run_folder(root, "dropout", 1) / "record.json"
     for content in (record.read_text()[:500], "", "[]", "{}"):
         record.write_text(content)
@@ -446,7 +570,7 @@ def test_a_report_that_cannot_be_read_or_written_is_one_line(tool, tmp_path, lin
     for content in ("[1]", "{}", plan.replace('"quickstart"', "3"), plan.replace(" 0,", ' "a",'), plan[:50]):
         (root / "plan.json").write_text(content)
         assert "plan.json: not " in line_of(lambda: tool("report", root))
-        assert "plan.json: not " in line_of(lambda: tool("run", "--runs", root))
+        assert "plan.json: not " in line_of(lambda: tool("run", CONFIG, "--runs", root))
 
 
 def test_report_is_rebuilt_from_records_alone(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dropblock_det.datasets.annotations import MAX_BOXES_PER_IMAGE, coco_index, load_annotations
 from dropblock_det.datasets.coco_dataset import CocoDataset
 from dropblock_det.errors import InputError
-from dropblock_det.tasks.detection.coco_eval import coco_figures, load_results
+from dropblock_det.tasks.detection.coco_eval import coco_metrics, load_results
 
 # --- The bytes of the annotations ---
 
@@ -245,7 +245,7 @@ def test_results_that_are_odd_but_right(content, write, tmp_path):
         GOOD | {"score": 1},
     ]
     path.write_text(json.dumps(odd))
-    assert coco_figures(coco, load_results(path, coco), [7])["mAP"] == 0
+    assert coco_metrics(coco, load_results(path, coco), [7])["mAP"] == 0
     path.write_text("[]")
     assert load_results(path, coco) == []
 
@@ -298,7 +298,7 @@ def test_any_change_of_the_annotations_is_named_or_read(place, value, content, w
         assert (boxes[:, 2:] - boxes[:, :2] > 0.09).all()
         assert (boxes[:, 2:] <= torch.tensor([image.shape[2], image.shape[1]])).all()
         assert ((labels >= 1) & (labels <= 2)).all()
-    figures = coco_figures(dataset.annotations.index(), [], dataset.ids)
+    figures = coco_metrics(dataset.annotations.index(), [], dataset.ids)
     assert all(value == 0 or np.isnan(value) for value in figures.values())
 
 

@@ -1,24 +1,24 @@
+"""The record: written and read back; damaged ones are named, those of older versions understood."""
+
 import json
 import os
+from dataclasses import replace
 
+import msgspec
 import pytest
 from support.synthetic_runs import invented_record, invented_runs
 
+from dropblock_det.comparison.gather import gather
+from dropblock_det.comparison.plan import run_folder
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, write_json
-from dropblock_det.runs.record_v1 import (
-    Epoch,
-    Record,
-    read_comparison,
-    read_record,
-    record_from_run,
-    run_folder,
-)
+from dropblock_det.runs.folder import is_finished
+from dropblock_det.runs.record import Record, finite, read_record, write_record
 
 
 def test_a_record_survives_the_disk_to_the_last_digit(tmp_path):
     record = invented_record("dropout", 3)
-    write_json(tmp_path / "record.json", record.to_dict())
+    write_record(tmp_path, record)
     assert read_record(tmp_path) == record
     assert read_record(tmp_path / "elsewhere") is None
 
@@ -27,9 +27,7 @@ def test_json_on_disk_is_strict_and_nan_never_reaches_it(tmp_path):
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []  # not even the temporary file
-    assert (
-        Epoch.from_dict({"epoch": 0, "step": 1, "loss": float("nan"), "val_loss": float("inf")}).loss is None
-    )
+    assert [finite(value) for value in (1.5, float("nan"), float("inf"))] == [1.5, None, None]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -46,22 +44,39 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
 
+def edited(change) -> str:
+    """A whole record's JSON, with one thing changed."""
+    content = json.loads(msgspec.json.encode(invented_record("none", 0)))
+    change(content)
+    return json.dumps(content)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"setting": "none"', "not valid JSON"),
-        ("[]", "not a run record"),
-        ('{"setting": "none", "seed": "0", "status": "finished", "epochs": []}', "'seed' is '0'"),
-        ('{"setting": "none", "seed": 0, "status": "maybe", "epochs": []}', "'status' is 'maybe'"),
-        ('{"setting": "none", "seed": 0, "status": "finished", "epochs": [{"loss": 1}]}', "without 'epoch'"),
+        ('{"version": 2', "not valid JSON"),
+        ("[]", "Expected `object`, got `array`"),
+        ("[" * 100_000, "nested too deeply"),
+        (edited(lambda r: r.pop("task")), "missing required field `task`"),
+        (edited(lambda r: r.update(seed="0")), "Expected `int`, got `str` - at `$.seed`"),
+        (edited(lambda r: r.update(status="maybe")), "Invalid enum value 'maybe'"),
+        (edited(lambda r: r.update(version=3)), "`$.version`"),
+        (edited(lambda r: r.update(headline="nonsense")), "headline 'nonsense' is none of the metrics"),
+        (edited(lambda r: r["metrics"].append(r["metrics"][0])), "two metrics have the same name"),
+        (edited(lambda r: r["epochs"][3].pop("epoch")), "an epoch has no whole number 'epoch'"),
+        (edited(lambda r: r["epochs"][3].update(step=None)), "an epoch has no whole number 'step'"),
+        (edited(lambda r: r["epochs"][3].update(epoch=-1)), "an epoch has no whole number 'epoch'"),
+        (edited(lambda r: r["epochs"].reverse()), "its epochs are not in rising order"),
+        (edited(lambda r: r["epochs"].append(r["epochs"][-1])), "its epochs are not in rising order"),
+        (edited(lambda r: r["epochs"][3].update(mAP="x")), "`$.epochs[3][...]`"),
+        (edited(lambda r: r["epochs"][3].update(mAP=1e200)), "`float` <= 1e+100"),
+        (edited(lambda r: r["epochs"][3].update(mAP=10**400)), "- at `$.epochs[3][...]`"),
+        (edited(lambda r: r["samples"][0].update(id="../../x")), "`$.samples[0].id`"),
+        (edited(lambda r: r["samples"][0].update(id="7\n")), "`$.samples[0].id`"),
+        (edited(lambda r: r["samples"][0].update(width=0)), "`$.samples[0].width`"),
         (
-            '{"setting": "none", "seed": 0, "status": "finished", "epochs": [{"epoch": 0, "step": "x"}]}',
-            "'step' is 'x'",
-        ),
-        (
-            '{"setting": "none", "seed": 0, "status": "finished", "epochs": [],'
-            ' "detections": [{"image_id": "../../x"}]}',
-            "'image_id'",
+            edited(lambda r: r["samples"][0]["truth"][0].update(bbox=[1, 2, 3])),
+            "`$.samples[0].truth[0].bbox`",
         ),
     ],
 )
@@ -74,45 +89,72 @@ def test_a_damaged_record_is_named_in_one_line(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
-def test_the_record_takes_what_training_leaves(tmp_path):
-    summary = {
-        "finished": True,
-        "max_epochs": 2,
-        "epochs": [
-            {"epoch": 0, "step": 5, "loss": 2.5, "val_loss": 2.25, "mAP": None, "AP50": None, "AP75": None}
-        ],
-        "images_per_s": 9.5,
-        "peak_memory_bytes": 1000,
-        "drop_share": {"asked": 0.1, "realised": 0.09},
-        "trainable_parameters": 10,
-        "versions": {"torch": "2.11"},
-        "hardware": {"device": "cpu"},
-        "data_hash": "d",
-        "init_hash": None,
-    }
-    write_json(tmp_path / "summary.json", summary)
-    write_json(tmp_path / "val_detections.json", [{"image_id": 1, "ground_truth": [], "detections": []}])
-    record = record_from_run(tmp_path, "dropout", 4, config={"a": 1})
-    assert (record.setting, record.seed, record.finished, record.images_per_s) == ("dropout", 4, True, 9.5)
-    assert record.epochs == (Epoch(0, 5, 2.5, 2.25),)
-    assert record.drop_share == {"asked": 0.1, "realised": 0.09}
-    assert len(record.detections) == 1
+VERSION_1 = {
+    "setting": "dropout",
+    "seed": 4,
+    "status": "finished",
+    "epochs": [{"epoch": 0, "step": 5, "loss": 2.5, "val_loss": 2.25, "mAP": 0.5, "AP50": None, "p": 0.1}],
+    "images_per_s": 9.5,
+    "detections": [
+        {
+            "image_id": 7,
+            "width": 64,
+            "height": 48,
+            "ground_truth": [{"bbox": [1, 2, 3, 4], "category": "dog"}],
+            "detections": [{"bbox": [1, 2, 3, 5], "category": "cat", "score": 0.5}],
+        }
+    ],
+}
 
-    failed = record_from_run(tmp_path, "dropout", 4, config={}, failure="out of memory")
-    assert (failed.status, failed.reason, len(failed.epochs)) == ("failed", "out of memory", 1)
-    assert record_from_run(tmp_path / "never", "dropout", 4, config={}, failure="died at once").epochs == ()
-    with pytest.raises(InputError, match="cannot be read"):
-        record_from_run(tmp_path / "never", "dropout", 4, config={})
+
+def test_a_record_of_the_first_version_is_read(tmp_path):
+    write_json(tmp_path / "record.json", VERSION_1)
+    record = read_record(tmp_path)
+    assert (record.setting, record.seed, record.finished, record.images_per_s) == ("dropout", 4, True, 9.5)
+    assert (record.task, record.headline) == ("detection", "mAP")
+    assert record.epochs == tuple(VERSION_1["epochs"])
+    assert record.best("mAP")["step"] == 5
+    (sample,) = record.samples
+    assert (sample.id, sample.kind, sample.truth[0].category, sample.predicted[0].score) == (
+        "7",
+        "boxes",
+        "dog",
+        0.5,
+    )
+    for damage in ({"detections": [5]}, {"detections": 5}, {"epochs": [{"epoch": "x"}]}, {"status": "maybe"}):
+        write_json(tmp_path / "record.json", VERSION_1 | damage)
+        with pytest.raises(InputError, match=r"record.json: not "):
+            read_record(tmp_path)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_of_the_first_version_has_its_record_in_another_file(finished, tmp_path):
+    """In flight it goes on; ended, it is left alone."""
+    epochs = VERSION_1["epochs"]
+    write_json(tmp_path / "summary.json", {"finished": finished, "max_epochs": 2, "epochs": epochs})
+    assert is_finished(tmp_path) is finished
+    assert read_record(tmp_path).epochs == tuple(epochs)
+
+
+def test_the_best_epoch_is_the_first_of_equals_in_the_metric_s_direction():
+    record = invented_record("none", 0)
+    values = [0.1, 0.4, None, 0.4]
+    epochs = tuple({"epoch": e, "step": e, "mAP": v, "val_loss": v} for e, v in enumerate(values))
+    record = replace(record, epochs=epochs)
+    assert record.best("mAP")["epoch"] == 1
+    assert record.best("val_loss")["epoch"] == 0
+    assert record.best("AP50") is None
+    assert record.values("mAP") == [(0, 0.1), (1, 0.4), (3, 0.4)]
 
 
 def test_absent_runs_say_why(tmp_path):
     invented_runs(tmp_path, settings=("none", "a", "b"), seeds=(0, 1))
-    folder = run_folder(tmp_path, "a", 0)
-    write_json(folder / "record.json", Record("a", 0, "failed", "loss is not finite").to_dict())
+    failed = Record("", (), "", "failed", "loss is not finite", seed=0)
+    write_record(run_folder(tmp_path, "a", 0), failed)
     (run_folder(tmp_path, "a", 1) / "record.json").unlink()
-    (run_folder(tmp_path, "b", 1) / "record.json").unlink()
-    write_json(run_folder(tmp_path, "b", 1) / "summary.json", {"max_epochs": 9, "epochs": [{}, {}]})
-    runs = read_comparison(tmp_path)
+    running = replace(invented_record("b", 1, epochs=2), status="running", max_epochs=9)
+    write_record(run_folder(tmp_path, "b", 1), running)
+    runs = gather(tmp_path)
     assert [(a.setting, a.seed, a.status, a.reason) for a in runs.absent] == [
         ("a", 0, "failed", "loss is not finite"),
         ("a", 1, "not started", "no record yet"),
@@ -125,7 +167,7 @@ def test_absent_runs_say_why(tmp_path):
 def test_records_alone_are_enough(tmp_path):
     invented_runs(tmp_path, settings=("none", "a"), seeds=(0, 1))
     (tmp_path / "plan.json").unlink()
-    runs = read_comparison(tmp_path)
+    runs = gather(tmp_path)
     assert len(runs.records) == 4
     assert runs.absent == ()
 
@@ -136,9 +178,9 @@ def test_a_wrong_folder_is_an_input_error(tmp_path, make):
     if make:
         root.mkdir()
     with pytest.raises(InputError, match="runs"):
-        read_comparison(root)
+        gather(root)
 
 
 def test_records_are_valid_json_for_anyone(tmp_path):
-    write_json(tmp_path / "r.json", invented_record("none", 0).to_dict())
+    write_json(tmp_path / "r.json", invented_record("none", 0))
     json.loads((tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(name))

@@ -17,7 +17,7 @@ from support.tiny_run import arguments, start
 
 from dropblock_det.callbacks import Regularize
 from dropblock_det.datasets.scenes import ScenesDataModule
-from dropblock_det.runs.recorder import newest_checkpoint
+from dropblock_det.runs.folder import newest_checkpoint
 from dropblock_det.tasks.detection.module import DetectionModule
 
 pytestmark = pytest.mark.slow
@@ -143,7 +143,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(run, scenes, tmp_pa
     process = start(arguments(scenes, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     _, messages = process.communicate(timeout=300)
     assert process.returncode == 0, messages
-    straight, resumed = (json.loads((path / "summary.json").read_text())["epochs"] for path in (run, folder))
+    straight, resumed = (json.loads((path / "record.json").read_text())["epochs"] for path in (run, folder))
     figures = ("epoch", "step", "loss", "val_loss", "mAP", "AP50", "AP75", "p", "drop_share")
     assert [[e[name] for name in figures] for e in resumed] == [
         [e[name] for name in figures] for e in straight

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dropblock_det.runs.record import Mark, Record, Sample, write_record
+from dropblock_det.runs.record import Record, write_record
+from dropblock_det.tasks.evaluation import Mark, Sample
 from dropblock_det.tasks.metric import LOSSES, Metric
 
 METRICS = (*LOSSES, Metric("accuracy", "accuracy, %", "higher", 1, 100, "share of images given their class"))

@@ -16,7 +16,8 @@ from support.tiny_run import ROOT, arguments, start, train
 from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn
 
 from dropblock_det.errors import InputError
-from dropblock_det.runs.recorder import AtomicCheckpointIO, newest_checkpoint
+from dropblock_det.runs.checkpoints import AtomicCheckpointIO
+from dropblock_det.runs.folder import newest_checkpoint
 from dropblock_det.training import cli
 from dropblock_det.training.evaluate import evaluate
 from dropblock_det.training.launch import LOCK_NAME, sole_use
@@ -30,15 +31,15 @@ def weights(run):
 
 
 def test_a_run_leaves_its_whole_record(run):
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["finished"]
+    summary = json.loads((run / "record.json").read_text())
+    assert summary["status"] == "finished"
     assert [epoch["epoch"] for epoch in summary["epochs"]] == [0, 1]
     assert all(epoch[name] is not None for epoch in summary["epochs"] for name in FIGURES)
     assert 0 < summary["drop_share"]["realised"] < summary["drop_share"]["asked"] <= 0.1
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["regularize"]["regularizer"] == "dropblock"
     assert config["data"]["init_args"]["root"] is not None
-    for name in ("curves.png", "detections.png", "checkpoints/best.ckpt", "val_detections.json"):
+    for name in ("curves.png", "samples.png", "checkpoints/best.ckpt", "outcomes.npz"):
         assert (run / name).stat().st_size > 0
     metrics = (run / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {
@@ -72,7 +73,7 @@ def two_threads():
 
 @pytest.mark.usefixtures("two_threads")
 def test_evaluating_the_checkpoint_gives_the_same_figures(run, tmp_path, capsys):
-    best = max(json.loads((run / "summary.json").read_text())["epochs"], key=lambda epoch: epoch["mAP"])
+    best = max(json.loads((run / "record.json").read_text())["epochs"], key=lambda epoch: epoch["mAP"])
     best_checkpoint = run / "checkpoints" / "best.ckpt"
     figures = evaluate(best_checkpoint, results=tmp_path / "results.json", accelerator="cpu")
     for name in ("val_loss", "mAP", "AP50", "AP75"):
@@ -93,9 +94,9 @@ def test_its_weights_load_into_plain_torchvision(run):
 def test_a_finished_run_is_left_alone(run, scenes, tmp_path, monkeypatch, capsys):
     """Also where it was moved to, and without the checkpoints that only a resume needs."""
     shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("last-*"))
-    before = (run / "summary.json").read_bytes()
+    before = (run / "record.json").read_bytes()
     train(arguments(scenes, tmp_path / "moved"), monkeypatch)
-    assert (tmp_path / "moved" / "summary.json").read_bytes() == before
+    assert (tmp_path / "moved" / "record.json").read_bytes() == before
     assert "val_loss" in capsys.readouterr().out
 
 
@@ -124,8 +125,8 @@ def test_a_folder_without_a_run_is_not_resumed(content, message, tmp_path, line_
 @pytest.mark.parametrize("record", ["[]", "{}", "{", '{"finished": true}'])
 def test_a_broken_record_is_named(record, run, tmp_path, line_of, monkeypatch):
     shutil.copy(run / "config.yaml", tmp_path)
-    (tmp_path / "summary.json").write_text(record)
-    assert "summary.json: not " in line_of(lambda: train(["--resume", str(tmp_path)], monkeypatch))
+    (tmp_path / "record.json").write_text(record)
+    assert "record.json: not " in line_of(lambda: train(["--resume", str(tmp_path)], monkeypatch))
 
 
 def test_shorter_ways_to_say_things(run):
@@ -218,7 +219,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
     _, messages = dying.communicate(timeout=300)
     assert dying.returncode == -signal.SIGKILL, messages
     half, *written = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert half.startswith(".last-00001.ckpt.")
+    assert half.startswith("..last.ckpt.")
     assert written == ["best.ckpt", "last-00000.ckpt"]
     assert newest_checkpoint(folder).name == "last-00000.ckpt"
     (folder / "checkpoints" / "last-00009.ckpt").write_bytes(b"half a checkpoint")
@@ -228,13 +229,13 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
     assert "skipped: " in messages
     assert "last-00009.ckpt: not a whole checkpoint" in messages
     assert not (folder / "checkpoints" / half).exists()
-    straight, resumed = (json.loads((path / "summary.json").read_text())["epochs"] for path in (run, folder))
+    straight, resumed = (json.loads((path / "record.json").read_text())["epochs"] for path in (run, folder))
     for mine, other in zip(resumed, straight, strict=True):
         assert {name: mine[name] for name in (*FIGURES, "p", "drop_share")} == {
             name: other[name] for name in (*FIGURES, "p", "drop_share")
         }
     expected = weights(run)
-    (folder / "checkpoints" / "last-00009.ckpt").unlink()
+    assert not (folder / "checkpoints" / "last-00009.ckpt").exists()
     assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
 
 
@@ -256,7 +257,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(sent, status, scenes, tmp_path
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first on
     assert caught.value.code == status
     assert capsys.readouterr().err.endswith(f"stopped; --resume {tmp_path}/run goes on from the last epoch\n")
-    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "record.json").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])

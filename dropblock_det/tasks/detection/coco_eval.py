@@ -1,4 +1,4 @@
-"""Detections to the twelve COCO figures, through pycocotools."""
+"""Detections to COCO's twelve metrics, through pycocotools."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -15,8 +16,9 @@ from torch import Tensor
 from dropblock_det.datasets.annotations import box_fault, coco_index, is_number, short
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json
+from dropblock_det.tasks.evaluation import Outcomes
 
-FIGURES = (
+COCO_METRICS = (
     "mAP",
     "AP50",
     "AP75",
@@ -70,19 +72,13 @@ def detections_to_coco(
     return results
 
 
-def coco_figures(coco: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> dict[str, float]:
-    """Computes the twelve COCO figures of box detections.
-
-    Areas and crowd regions are those of the original annotations. A figure for which there is no object, such
-    as ``AP_large`` where all are small, is NaN (pycocotools prints -1).
+def coco_evaluation(coco: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> COCOeval:
+    """Runs pycocotools' evaluation of box detections; areas and crowd regions are those of the annotations.
 
     Args:
         coco: The original annotations.
         results: Detections in COCO's results format; may be empty.
         image_ids: The images that count; all others are ignored.
-
-    Returns:
-        Figure by name, from 0 to 1, in pycocotools' order.
     """
     # pycocotools writes into the records it is given, and stops at an empty list.
     detections = [
@@ -96,10 +92,58 @@ def coco_figures(coco: COCO, results: Sequence[dict[str, Any]], image_ids: Seque
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def metrics_of(evaluation: COCOeval) -> dict[str, float]:
+    """Returns COCO's twelve metrics by name, from 0 to 1, in pycocotools' order.
+
+    One for which there is no object, as ``AP_large`` where all are small, is NaN (pycocotools prints -1).
+    """
     return {
         name: float(value) if value >= 0 else math.nan
-        for name, value in zip(FIGURES, evaluation.stats, strict=True)
+        for name, value in zip(COCO_METRICS, evaluation.stats, strict=True)
     }
+
+
+def outcomes_of(evaluation: COCOeval) -> Outcomes:
+    """Returns which detections pycocotools matched with an object, at every IoU threshold and all areas."""
+    params = evaluation.params
+    images, thresholds = len(params.imgIds), len(params.iouThrs)
+    truths = np.zeros((images, len(params.catIds)), np.int32)
+    image, category, score, hit, ignored = [], [], [], [], []
+    for k in range(len(params.catIds)):
+        of_all_areas = evaluation.evalImgs[k * len(params.areaRng) * images :][:images]
+        for i, matched in enumerate(of_all_areas):
+            if matched is None:  # neither objects nor detections
+                continue
+            truths[i, k] = np.count_nonzero(np.asarray(matched["gtIgnore"]) == 0)
+            image.append(np.full(len(matched["dtIds"]), i, np.int32))
+            category.append(np.full(len(matched["dtIds"]), k, np.int32))
+            score.append(np.asarray(matched["dtScores"], np.float32))
+            hit.append(matched["dtMatches"].T > 0)
+            ignored.append(matched["dtIgnore"].T.astype(bool))
+
+    def joined(parts: list[Any], empty: Any) -> Any:
+        return np.concatenate([empty, *parts])
+
+    no_rows = np.zeros((0, thresholds), bool)
+    return Outcomes(
+        columns={"mAP": tuple(range(thresholds)), "AP50": (0,), "AP75": (5,)},
+        images=np.asarray(params.imgIds, np.int64),
+        categories=tuple(category["name"] for category in evaluation.cocoGt.loadCats(params.catIds)),
+        truths=truths,
+        image=joined(image, np.zeros(0, np.int32)),
+        category=joined(category, np.zeros(0, np.int32)),
+        score=joined(score, np.zeros(0, np.float32)),
+        hit=joined(hit, no_rows),
+        ignored=joined(ignored, no_rows),
+    )
+
+
+def coco_metrics(coco: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> dict[str, float]:
+    """Returns :func:`metrics_of` a :func:`coco_evaluation`."""
+    return metrics_of(coco_evaluation(coco, results, image_ids))
 
 
 def load_results(path: Path, coco: COCO) -> list[dict[str, Any]]:

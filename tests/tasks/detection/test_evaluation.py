@@ -14,7 +14,12 @@ from pycocotools.cocoeval import COCOeval
 
 from dropblock_det.datasets.annotations import coco_index, load_annotations
 from dropblock_det.errors import InputError
-from dropblock_det.tasks.detection.coco_eval import FIGURES, coco_figures, detections_to_coco, load_results
+from dropblock_det.tasks.detection.coco_eval import (
+    COCO_METRICS,
+    coco_metrics,
+    detections_to_coco,
+    load_results,
+)
 
 CATEGORIES = [{"label": 1, "id": 2, "name": "bicycle"}, {"label": 2, "id": 18, "name": "dog"}]
 
@@ -67,8 +72,8 @@ def test_equals_pycocotools(content, write):
     coco = load_annotations(annotations).index()
     results = noisy(coco, 0, keep=1)
     expected = pycocotools_figures(str(annotations), results)
-    got = coco_figures(coco, results, list(coco.imgs))
-    assert list(got) == list(FIGURES)
+    got = coco_metrics(coco, results, list(coco.imgs))
+    assert list(got) == list(COCO_METRICS)
     for value, theirs in zip(got.values(), expected, strict=True):
         assert value == theirs or (math.isnan(value) and theirs == -1)
 
@@ -79,7 +84,7 @@ def test_equals_pycocotools_on_real_annotations(real_coco):
     results = noisy(coco, 1)
     image_ids = sorted(coco.imgs)[::2]
     expected = pycocotools_figures(str(annotations), results, image_ids)
-    got = coco_figures(coco, results, image_ids)
+    got = coco_metrics(coco, results, image_ids)
     assert 0.1 < got["mAP"] < 0.9
     np.testing.assert_allclose(list(got.values()), expected, rtol=0, atol=1e-9)
 
@@ -93,7 +98,7 @@ def perfect(coco):
 def test_perfect_detections_reach_one_even_of_annotation_0(content, write):
     coco = load_annotations(write(content)[0]).index()
     coco.dataset["annotations"] = [a for a in coco.dataset["annotations"] if a["bbox"][2]]
-    figures = coco_figures(coco_index(coco.dataset), perfect(coco), list(coco.imgs))
+    figures = coco_metrics(coco_index(coco.dataset), perfect(coco), list(coco.imgs))
     assert figures["mAP"] == pytest.approx(1, abs=1e-9)
     assert figures["AR_100"] == 1
     assert math.isnan(figures["AP_large"])  # there is no large object
@@ -103,23 +108,23 @@ def test_crowds_are_ignored_not_missed_nor_false(content, write):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 7]
     coco = load_annotations(write(content)[0]).index()
     inside = {"image_id": 7, "category_id": 2, "bbox": [2, 20, 10, 8], "score": 0.99}
-    assert coco_figures(coco, [inside, *perfect(coco)], [7])["mAP"] == pytest.approx(1, abs=1e-9)
+    assert coco_metrics(coco, [inside, *perfect(coco)], [7])["mAP"] == pytest.approx(1, abs=1e-9)
     elsewhere = inside | {"category_id": 18}  # no crowd of dogs there: a false positive
-    assert coco_figures(coco, [elsewhere, *perfect(coco)], [7])["mAP"] < 0.8
+    assert coco_metrics(coco, [elsewhere, *perfect(coco)], [7])["mAP"] < 0.8
 
 
 def test_areas_are_the_original_ones(content, write):
     content["annotations"] = content["annotations"][:1]
     content["annotations"][0] |= {"bbox": [0, 0, 40, 30], "area": 1000}  # 1200 as a box, small by its mask
     coco = load_annotations(write(content)[0]).index()
-    figures = coco_figures(coco, perfect(coco), [7])
+    figures = coco_metrics(coco, perfect(coco), [7])
     assert figures["AP_small"] == pytest.approx(1, abs=1e-9)
     assert math.isnan(figures["AP_medium"])
 
 
 def test_no_detections_is_zero(content, write, capsys):
     coco = load_annotations(write(content)[0]).index()
-    figures = coco_figures(coco, [], list(coco.imgs))
+    figures = coco_metrics(coco, [], list(coco.imgs))
     assert figures["mAP"] == figures["AP50"] == figures["AR_100"] == 0
     assert capsys.readouterr().out == ""
 
@@ -129,7 +134,7 @@ def test_no_objects_is_nan(content, write):
     coco = load_annotations(write(content)[0]).index()
     results = [{"image_id": 7, "category_id": 2, "bbox": [1, 1, 5, 5], "score": 0.5}]
     for found in ([], results):
-        assert all(math.isnan(value) for value in coco_figures(coco, found, [7]).values())
+        assert all(math.isnan(value) for value in coco_metrics(coco, found, [7]).values())
 
 
 def test_images_outside_the_choice_do_not_count(content, write):
@@ -137,14 +142,14 @@ def test_images_outside_the_choice_do_not_count(content, write):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 7]
     alone = load_annotations(write(content)[0]).index()
     results = [*perfect(coco), {"image_id": 3, "category_id": 18, "bbox": [0, 0, 5, 5], "score": 1.0}]
-    np.testing.assert_equal(coco_figures(coco, results, [7]), coco_figures(alone, perfect(alone), [7]))
+    np.testing.assert_equal(coco_metrics(coco, results, [7]), coco_metrics(alone, perfect(alone), [7]))
 
 
 def test_the_caller_keeps_its_records(content, write):
     coco = load_annotations(write(content)[0]).index()
     results = perfect(coco)
     before = copy.deepcopy(results)
-    coco_figures(coco, results, [7])
+    coco_metrics(coco, results, [7])
     assert results == before
 
 
@@ -204,7 +209,7 @@ def test_any_detections_give_pycocotools_figures(truth, found):
         "annotations": annotations,
     }
     results = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in found]
-    got = coco_figures(coco_index(content), results, [3, 7, 9])
+    got = coco_metrics(coco_index(content), results, [3, 7, 9])
     with contextlib.redirect_stdout(io.StringIO()):
         coco = coco_index(content)
         evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), "bbox")

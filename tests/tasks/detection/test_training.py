@@ -19,7 +19,8 @@ from torchvision.models.detection import RetinaNet
 from dropblock_det.datasets.coco_dataset import CocoDataset, collate
 from dropblock_det.datasets.scenes import ScenesDataModule
 from dropblock_det.errors import InputError
-from dropblock_det.runs.recorder import RunRecord, newest_checkpoint
+from dropblock_det.runs.folder import newest_checkpoint
+from dropblock_det.runs.recorder import RunRecord
 from dropblock_det.tasks.detection.eval_losses import losses_and_detections
 from dropblock_det.tasks.detection.module import DetectionModule
 
@@ -50,13 +51,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(nan_at_the_third_step, scenes, 
     checkpoint = torch.load(newest_checkpoint(tmp_path / "run"), weights_only=True)
     assert checkpoint["epoch"] == 0
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
-    assert not json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "running"
 
 
 def test_a_loss_that_is_not_finite_can_be_skipped(nan_at_the_third_step, scenes, tmp_path, monkeypatch):
     train(arguments(scenes, tmp_path / "run", "--model.on_nonfinite=skip"), monkeypatch)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["finished"]
+    summary = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert summary["status"] == "finished"
     assert all(math.isfinite(epoch["loss"]) for epoch in summary["epochs"])
     header, *rows = (tmp_path / "run" / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
     column = header.split(",").index("skipped_steps")

@@ -1,0 +1,104 @@
+"""The pictures of a run, drawn from its record: its metrics' curves, and what it sees on a few images."""
+
+from collections.abc import Sequence
+
+import matplotlib.ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from dropblock_det.runs.record import Record
+from dropblock_det.tasks.evaluation import Mark, Sample
+from dropblock_det.tasks.metric import LOSSES
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
+
+
+def samples_figure(samples: Sequence[Sample], min_score: float = 0.3) -> Figure:
+    """Draws validation images with the truth and what the model sees there.
+
+    Args:
+        samples: At least one; their files are there.
+        min_score: Boxes below this score are left out of the picture.
+    """
+    columns = min(4, len(samples))
+    rows = -(-len(samples) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.6 * rows + 0.5), layout="constrained")
+    for axes, sample in zip(figure.subplots(rows, columns, squeeze=False).flat, samples, strict=False):
+        with Image.open(sample.file or "") as image:
+            axes.imshow(image.convert("RGB"))
+        if sample.kind == "boxes":
+            for mark in sample.truth:
+                _box(axes, mark, GREEN, "--", below=True)
+            for mark in sample.predicted:
+                if (mark.score or 0) >= min_score:
+                    _box(axes, mark, ORANGE, "-")
+            title = f"image {sample.id}"
+        else:
+            title = " / ".join(_words(mark) for mark in (*sample.truth[:1], *sample.predicted[:1]))
+        axes.set_title(title, fontsize=9, color=GREY, parse_math=False)
+    for axes in figure.axes:
+        axes.axis("off")
+    if any(sample.kind == "boxes" for sample in samples):
+        words = f"dashed: ground truth, solid: detections with a score of {min_score} or more"
+    else:
+        words = "ground truth / prediction"
+    figure.suptitle(words, fontsize=10)
+    return figure
+
+
+def _words(mark: Mark) -> str:
+    return mark.category if mark.score is None else f"{mark.category} {mark.score:.2f}"
+
+
+def _box(axes: Axes, mark: Mark, color: str, style: str, below: bool = False) -> None:
+    x, y, width, height = mark.bbox or (0, 0, 0, 0)
+    axes.add_patch(
+        Rectangle((x, y), width, height, fill=False, edgecolor=color, linestyle=style, linewidth=1.6)
+    )
+    axes.text(
+        x,
+        y + height if below else y,
+        _words(mark),
+        fontsize=6.5,
+        color="white",
+        va="top" if below else "bottom",
+        clip_on=True,
+        parse_math=False,
+        bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+    )
+
+
+def curves_figure(record: Record) -> Figure:
+    """Draws the losses, and beside them the task's own metrics, over the epochs."""
+    losses = {metric.name for metric in LOSSES}
+    panels = {
+        "loss": [metric for metric in record.metrics if metric.name in losses],
+        record.task: [metric for metric in record.metrics if metric.name not in losses],
+    }
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axes, (title, metrics) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for metric, color in zip(metrics, PALETTE, strict=False):
+            points = [(epoch + 1, value) for epoch, value in record.values(metric.name)]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3)
+                axes.annotate(
+                    metric.title,
+                    points[-1],
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    color=color,
+                    va="center",
+                    parse_math=False,
+                )
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.12)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,180 @@
+"""What the modules of all tasks share: optimizer, learning rate, losses that are not finite, validation."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from dropblock_det.arguments import Natural, Rate, Share
+from dropblock_det.errors import InputError
+from dropblock_det.schedule import lr_factor
+from dropblock_det.tasks.evaluation import Evaluation
+from dropblock_det.tasks.metric import Metric
+
+
+class _Batch(NamedTuple):
+    """A validated batch, as processes exchange it."""
+
+    image_ids: list[int]
+    losses: dict[str, float]
+    predictions: list[Any]
+
+
+class TaskModule(LightningModule):
+    """Trains a model and reports ``loss``, ``val_loss`` and its task's metrics.
+
+    A task declares its metrics and gives losses, predictions and their evaluation; everything that comes
+    after reads only those. The regularizer comes from the :class:`dropblock_det.callbacks.Regularize`
+    callback, as it would in anyone's module.
+
+    Attributes:
+        task: the task's name.
+        metrics: what it measures, in the order of the columns; the losses are among them.
+        headline: name of the metric by which the best epoch is chosen.
+        predictions: those of the last validation, in the order of the images.
+        evaluation: of the last validation, on the first process; ``None`` on others and before.
+
+    Args:
+        optimizer: ``sgd`` (with momentum 0.9) or ``adamw``.
+        lr: Base learning rate.
+        weight_decay: Weight decay of all trained parameters.
+        lr_schedule: ``constant``, ``cosine`` or ``step``.
+        lr_milestones: For ``step``: shares of the training after which the rate is divided by ten.
+        warmup_steps: Optimizer steps of linear warm-up.
+        on_nonfinite: ``stop`` ends the run at a loss that is not finite; ``skip`` leaves the step out and
+            counts it as ``skipped_steps``.
+    """
+
+    task: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]
+    headline: ClassVar[str]
+
+    def __init__(
+        self,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: Rate = 0.01,
+        weight_decay: Rate = 1e-4,
+        lr_schedule: Literal["constant", "cosine", "step"] = "cosine",
+        lr_milestones: list[Share] = [0.8, 0.93],  # noqa: B006 (never changed; shown in --help)
+        warmup_steps: Natural = 500,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="_load_weights")  # the subclass's too
+        self.predictions: list[Any] = []
+        self.evaluation: Evaluation | None = None
+        self._validated: list[_Batch] = []
+        self._skipped_steps = 0
+
+    @abstractmethod
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Returns the training losses of a batch by name, each the mean over its images; they are summed."""
+
+    @abstractmethod
+    def losses_and_predictions(self, batch: Any) -> tuple[dict[str, Tensor], list[Any]]:
+        """Returns the losses of a validation batch, as :meth:`losses`, and its predictions, to be pickled."""
+
+    @abstractmethod
+    def evaluate(self, image_ids: list[int], predictions: list[Any]) -> Evaluation:
+        """Evaluates the predictions of a whole validation; runs on the first process only."""
+
+    def image_ids(self, batch: Any) -> list[int]:
+        """Returns the ids of a batch's images."""
+        return [target["image_id"] for target in batch[1]]
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
+        """Rebuilds the module from a loaded checkpoint alone; published weights are not fetched again."""
+        module = cls(**checkpoint["hyper_parameters"] | {"_load_weights": False})
+        module.load_state_dict(checkpoint["state_dict"])
+        return module
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the task's name and where the validation images are, for ``tools/evaluate.py``."""
+        checkpoint["task"] = self.task
+        checkpoint["validation_data"] = self.trainer.datamodule.validation_arguments()  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> Any:
+        """SGD or AdamW over the trainable parameters, its rate a pure function of the global step."""
+        hp: Any = self.hparams
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if hp.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, hp.lr, momentum=0.9, weight_decay=hp.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(parameters, hp.lr, weight_decay=hp.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(step, total, hp.lr_schedule, hp.warmup_steps, hp.lr_milestones)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Returns the sum of the batch's losses; ``None`` leaves out a step whose loss is not finite."""
+        losses, ids = self.losses(batch), self.image_ids(batch)
+        loss = torch.stack(list(losses.values())).sum()
+        finite = bool(torch.isfinite(loss))
+        if not self.trainer.strategy.reduce_boolean_decision(finite):  # every rank stops, or every rank skips
+            self._nonfinite(finite, losses, ids)
+            return None
+        parts = {f"loss_{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(parts, batch_size=len(ids))
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(ids))
+        self.log(
+            "loss_epoch", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(ids)
+        )
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def _nonfinite(self, finite: bool, losses: dict[str, Tensor], ids: list[int]) -> None:
+        if self.hparams["on_nonfinite"] == "stop":
+            if finite:
+                raise InputError(
+                    f"step {self.global_step}: stopped, the loss of another process is not finite"
+                )
+            values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
+            raise InputError(
+                f"step {self.global_step}: the loss is not finite ({values}) on the images "
+                f"{', '.join(map(str, ids))}; the "
+                "last checkpoint is kept: lower model.lr, or set model.on_nonfinite=skip"
+            )
+        self._skipped_steps += 1
+        self.log("skipped_steps", float(self._skipped_steps), prog_bar=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Keeps losses and predictions of one batch."""
+        ids = self.image_ids(batch)
+        if not ids:  # this process has a batch less than others, see ValBatches
+            return
+        losses, predictions = self.losses_and_predictions(batch)
+        self._validated.append(
+            _Batch(ids, {name: value.item() for name, value in losses.items()}, predictions)
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Gathers every process's batches and logs ``val_loss`` and the task's metrics, the same on all."""
+        gathered = [self._validated]
+        if self.trainer.world_size > 1:
+            gathered = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self._validated)
+        self._validated = []
+        if self.trainer.sanity_checking:
+            return
+        batches = sorted((batch for rank in gathered for batch in rank), key=lambda batch: batch.image_ids)
+        image_ids = [image_id for batch in batches for image_id in batch.image_ids]
+        self.predictions = [prediction for batch in batches for prediction in batch.predictions]
+        means = {
+            f"val_loss_{name}": sum(b.losses[name] * len(b.image_ids) for b in batches) / len(image_ids)
+            for name in batches[0].losses
+        }
+        values: dict[str, float] = {}
+        if self.trainer.is_global_zero:
+            self.evaluation = self.evaluate(image_ids, self.predictions)
+            values = self.evaluation.values
+        values = self.trainer.strategy.broadcast(values)
+        self.log_dict(means)
+        self.log("val_loss", sum(means.values()), prog_bar=True)
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == self.headline)

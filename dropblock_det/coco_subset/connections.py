@@ -11,7 +11,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
-from urllib.parse import unquote_to_bytes, urljoin
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -204,9 +204,9 @@ class Connections:
 
     def _manager(self, url: str) -> urllib3.PoolManager:
         """Returns the pools for an address: direct, or those of the proxy that the environment names."""
-        parts = parse_url(url)
-        proxy = self._proxies.get(parts.scheme or "")
-        if proxy and urllib.request.proxy_bypass(parts.netloc or ""):
+        parts = urlsplit(url)
+        proxy = self._proxies.get(parts.scheme)
+        if proxy and urllib.request.proxy_bypass(parts.netloc):
             proxy = None
         if proxy not in self._managers:
             try:

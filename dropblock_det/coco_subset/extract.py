@@ -68,7 +68,7 @@ def _checked_image(record: ImageRecord, name: str, local: bool) -> Image:
 
 
 def _dump(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 class _Sorted:
@@ -122,17 +122,7 @@ def extract(
         InputError: An id is not in the file, a record repeats an id, or an image's file_name, coco_url or
             size is not acceptable.
     """
-    try:
-        return _extract(file, name, frozenset(ids), categories, target, local)
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: a record that JSON can't hold: {error}") from None
-
-
-def _extract(
-    file: Readable, name: str, wanted: frozenset[int], categories: frozenset[int], target: Path, local: bool
-) -> list[Image]:
+    wanted = frozenset(ids)
     head: dict[str, Any] = {}
     lists: dict[str, list[Any]] = {"categories": [], "licenses": []}
     images: list[Image] = []

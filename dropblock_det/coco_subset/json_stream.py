@@ -23,13 +23,17 @@ class Readable(Protocol):
         ...
 
 
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"it holds {constant}, which is no JSON")
+
+
 class _Text:
     """A window on a JSON text that is read piece by piece."""
 
     def __init__(self, file: Readable) -> None:
         self.file = file
         self.utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-        self.decode = json.JSONDecoder().raw_decode
+        self.decode = json.JSONDecoder(parse_constant=_refuse).raw_decode
         self.buffer, self.at = "", 0
 
     def refill(self) -> bool:

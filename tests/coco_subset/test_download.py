@@ -1,9 +1,11 @@
 """Fetching from a server that misbehaves by plan: the right bytes or one clear line, never a half file."""
 
+import os
 import re
 import ssl
 import subprocess
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 
@@ -207,6 +209,18 @@ def test_an_address_of_a_proxy_that_is_none(tmp_path, server, proxied, address):
     with pytest.raises(InputError, match=r"^http_proxy: not the address of a proxy") as caught:
         prepare(tmp_path / "coco", OPTIONS, network=proxied(address))
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("password", "reason", "asked"), [("wrong", "failed: 407", 1), ("sec%C3%A9%5D%2Ft", "failed: 502", 3)]
+)
+def test_a_tunnel_through_a_proxy(tmp_path, server, proxied, monkeypatch, password, reason, asked):
+    through = proxied(f"http://me:{password}@HOST")
+    monkeypatch.setenv("https_proxy", os.environ["http_proxy"])
+    net = replace(through, mirror="https://mirror.example")
+    with pytest.raises(InputError, match=rf"ProxyError: .*{reason}"):
+        prepare(tmp_path / "coco", OPTIONS, network=net)
+    assert server.asked["mirror.example:443"] == asked
 
 
 def test_a_certificate_that_is_wrong_is_not_tried_again(tmp_path, server):

@@ -34,6 +34,12 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer_file(body)
 
+    def do_CONNECT(self) -> None:
+        """A proxy that leads nowhere; it wants credentials first."""
+        self.server.asked[self.path] += 1
+        right = self.headers.get("Proxy-Authorization") == self.server.credentials
+        self.answer(502 if right else 407, b"")
+
     def answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():

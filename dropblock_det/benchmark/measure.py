@@ -1,20 +1,26 @@
 """Paired measurements of DropBlock implementations, as functions and inside a RetinaNet's training step."""
 
+import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dropblock_det.errors import InputError
 from dropblock_det.inject.inject import regularize_
 from dropblock_det.layers import make_regularizer
 from dropblock_det.ops import dropblock, reference
@@ -26,26 +32,43 @@ WARM_UP = 2  # rounds before those that count
 HEAD_START = 4_000_000  # cycles of a GPU, about 2 ms, in which the host launches what is timed
 
 
+Figure = Annotated[float, Meta(ge=0, le=1e12)]
+
+
 @dataclass(frozen=True)
 class Row:
     """One provider in one setting; milliseconds of forward and backward (and optimizer)."""
 
     what: str
     setting: str
-    shape: str
+    shape: Annotated[str, Meta(pattern=r"^[1-9]\d{0,9}(x[1-9]\d{0,9})*$")]
     provider: str
     rounds: int
-    median_ms: float
-    q10_ms: float
-    q90_ms: float
+    median_ms: Figure
+    q10_ms: Figure
+    q90_ms: Figure
+    mean_ms: Figure | None
     relative_to: str
-    relative: float  # median of the ratios within a round
-    relative_q10: float
-    relative_q90: float
-    peak_memory_mib: float | None
+    relative: Annotated[float, Meta(gt=0, le=1e12)]  # median of the ratios within a round
+    relative_q10: Figure
+    relative_q90: Figure
+    relative_mean: Figure | None  # ratio of the means
+    peak_memory_mib: Figure | None
     hardware: str
     versions: str
     measured: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed against one another, by name, and what the rows say of it."""
+
+    what: str
+    setting: str
+    shape: tuple[int, ...]
+    device: str
+    baseline: str
+    works: Mapping[str, Callable[[], Any]]
 
 
 def ours(path: str, x: Tensor, p: float | Tensor, block_size: int, per_channel: bool = True) -> Tensor:
@@ -143,53 +166,62 @@ def peak_memory(work: Callable[[], Any], device: str) -> float:
     return peak / 2**20
 
 
-def measure(
-    works: Mapping[str, Callable[[], Any]], baseline: str, rounds: int, device: str, tick: Callable[[], None]
-) -> Iterator[tuple[str, list[float], list[float]]]:
-    """Times all ``works`` in every round, one after the other, each round starting at another one.
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keeps so many processes busy beside what is measured inside, as a data loader's workers are."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
-    Calls ``tick`` after every round.
 
-    Yields:
-        Name, its milliseconds, and its ratios to the baseline of the same round.
-    """
-    names = list(works)
+def time_rounds(case: Case, rounds: int, on_round: Callable[[], None]) -> dict[str, list[float]]:
+    """Times all works in every round, one after the other, each round starting at another one."""
+    names = list(case.works)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-WARM_UP, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            elapsed = milliseconds(works[name], device)
+            elapsed = milliseconds(case.works[name], case.device)
             if turn >= 0:
                 times[name].append(elapsed)
-        tick()
-    for name in names:
-        yield name, times[name], [a / b for a, b in zip(times[name], times[baseline], strict=True)]
+        on_round()
+    return times
 
 
-def rows(
-    what: str,
-    setting: str,
-    shape: Sequence[int],
-    works: Mapping[str, Callable[[], Any]],
-    baseline: str,
-    rounds: int,
-    device: str,
-    tick: Callable[[], None],
-) -> list[Row]:
-    """Measures ``works`` and the memory of each."""
-    memory = {name: peak_memory(work, device) for name, work in works.items()} if what == "op" else {}
-    packages = ("torch", "torchvision", "timm", "dropblock", "triton")
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    versions = ", ".join(f"{name} {found[name]}" for name in packages if name in found)
-    made: list[Row] = []
-    for name, times, ratios in measure(works, baseline, rounds, device, tick):
-        low, high = quantiles(times)
-        ratio_low, ratio_high = quantiles(ratios)
+def measure(case: Case, rounds: int, on_round: Callable[[], None] = lambda: None, busy: int = 0) -> list[Row]:
+    """Measures the works of a case, and the memory of each map's.
+
+    Args:
+        case: What to time.
+        rounds: How often each is timed.
+        on_round: Called after every round.
+        busy: Processes to keep busy meanwhile.
+    """
+    memory = {name: peak_memory(work, case.device) for name, work in case.works.items() if case.what == "op"}
+    with busy_processes(busy):
+        times = time_rounds(case, rounds, on_round)
+    setting = f"{case.setting}, {busy} busy" if busy else case.setting
+    base, mean = times[case.baseline], statistics.fmean
+    made = []
+    for name, own in times.items():
+        ratios = [a / b for a, b in zip(own, base, strict=True)]
         made.append(
-            Row(what, setting, "x".join(map(str, shape)), name, rounds, statistics.median(times), low, high,
-                baseline, statistics.median(ratios), ratio_low, ratio_high,
-                memory.get(name), hardware(device), versions)
+            Row(case.what, setting, "x".join(map(str, case.shape)), name, rounds,
+                statistics.median(own), *quantiles(own), mean(own),
+                case.baseline, statistics.median(ratios), *quantiles(ratios), mean(own) / mean(base),
+                memory.get(name), hardware(case.device), versions())
         )  # fmt: skip
     return made
+
+
+def versions() -> str:
+    """Of what was measured."""
+    packages = ("torch", "torchvision", "timm", "dropblock", "triton")
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return ", ".join(f"{name} {found[name]}" for name in packages if name in found)
 
 
 def quantiles(values: list[float]) -> tuple[float, float]:
@@ -205,28 +237,44 @@ def hardware(device: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    malloc = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     return ", ".join(
-        [names[0] if names else platform.processor(), f"{torch.get_num_threads()} threads", *told]
+        [names[0] if names else platform.processor(), f"{torch.get_num_threads()} threads", *malloc]
     )
 
 
-def benchmark_op(
-    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, block_size: int, p: float, rounds: int,
-    device: str, say: Callable[[str], None], tick: Callable[[], None],
-) -> list[Row]:  # fmt: skip
-    """Forward and backward of every provider on one map."""
+def check_memory(what: str, needed: float, device: str) -> None:
+    """Raises :class:`InputError` where a measurement would not fit, before the system ends it."""
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > free:
+        raise InputError(
+            f"{what}: takes about {needed / 2**30:.3g} GiB, and there are {free / 2**30:.3g};"
+            " give a smaller batch or size"
+        )
+
+
+def op_case(
+    shape: tuple[int, ...],
+    block_size: int,
+    p: float,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    log: Callable[[str], None] = print,
+) -> Case:
+    """Forward and backward of every provider on one map; ``log`` gets why one is left out."""
+    check_memory(f"a map of {shape}", 8 * math.prod(shape) * dtype.itemsize, device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = (
-        torch.randn(shape, dtype=dtype, device=device)
-        .contiguous(memory_format=memory_format)
-        .requires_grad_()
-    )
+    x = torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
+    x.requires_grad_()
     grad = torch.randn_like(x)
     works = {}
     for name, function in providers(p, block_size, device).items():
         if isinstance(function, str):
-            say(f"{name}: left out, {function}")
+            log(f"{name}: left out, {function}")
             continue
         work = partial(forward_backward, function, x, grad)
         try:
@@ -234,25 +282,27 @@ def benchmark_op(
         except Exception as error:  # a peer's fault is a finding, not ours
             if name.startswith("ours"):
                 raise
-            say(f"{name}: left out, it fails here: {error}")
+            log(f"{name}: left out, it fails here: {error}")
             continue
         works[name] = work
-    setting = (
-        f"{str(dtype).removeprefix('torch.')}"
-        f"{' channels_last' if channels_last else ''} k={block_size} p={p:g}"
-    )
-    return rows("op", setting, shape, works, BASELINE, rounds, device, tick)
+    layout = " channels_last" if channels_last else ""
+    setting = f"{str(dtype).removeprefix('torch.')}{layout} k={block_size} p={p:g}"
+    return Case("op", setting, shape, device, BASELINE, works)
 
 
-def benchmark_train_step(
-    size: tuple[int, int], batch: int, block_size: int, p: float, rounds: int, device: str,
-    tick: Callable[[], None],
-) -> list[Row]:  # fmt: skip
-    """Training steps of torchvision's RetinaNet R50-FPN with each regularizer at the ``paper`` placement."""
+def train_step_case(
+    size: tuple[int, int], batch: int, block_size: int, p: float, device: str, compiled: bool = False
+) -> Case:
+    """Training steps of torchvision's RetinaNet R50-FPN with each regularizer at the ``paper`` placement.
+
+    ``compiled``: the backbone, by torch.compile.
+    """
     from torchvision.models.detection import retinanet_resnet50_fpn
     from torchvision.ops import DropBlock2d
 
     height, width = size
+    # About: 2.5 KB of activations per pixel, and four models with their gradients.
+    check_memory(f"batch {batch} at {height}x{width}", 2500.0 * batch * height * width + 2**30, device)
     images = [torch.rand(3, height, width, device=device) for _ in range(batch)]
     box = torch.tensor([[width * 0.2, height * 0.2, width * 0.6, height * 0.7]], device=device)
     targets = [{"boxes": box, "labels": torch.tensor([1], device=device)} for _ in range(batch)]
@@ -265,6 +315,8 @@ def benchmark_train_step(
         model.to(device).train()
         if make:
             regularize_(model, make, at="paper")
+        if compiled:
+            model.backbone.compile()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
         def step() -> None:
@@ -282,5 +334,6 @@ def benchmark_train_step(
         "F.dropout": training_step(lambda: make_regularizer("dropout", p)),
         "torchvision": training_step(lambda: DropBlock2d(p, block_size)),
     }
-    setting = f"RetinaNet R50-FPN {'bfloat16' if device == 'cuda' else 'float32'} k={block_size} p={p:g}"
-    return rows("train-step", setting, (batch, 3, height, width), works, "none", rounds, device, tick)
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    setting = f"RetinaNet R50-FPN {dtype}{' compiled' if compiled else ''} k={block_size} p={p:g}"
+    return Case("train-step", setting, (batch, 3, height, width), device, "none", works)

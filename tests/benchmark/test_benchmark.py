@@ -1,7 +1,9 @@
 """The benchmark's bookkeeping, on a map too small to time anything."""
 
-import csv
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,41 +11,70 @@ import pytest
 import torch
 from support.the_tools import tool_module
 
-from dropblock_det.benchmark import measure as benchmark
-from dropblock_det.benchmark import report as benchmark_report
+from dropblock_det.benchmark import measure, report, tool
+from dropblock_det.benchmark.figure import plot
+from dropblock_det.ops import dropblock
 
 
-def test_rows_table_and_plot(tmp_path):
-    said = []
-    ticks = []
-    made = benchmark.benchmark_op(
-        (1, 8, 6, 6), torch.float32, False, 7, 0.1, 3, "cpu", said.append, lambda: ticks.append(1)
-    )
-    assert len(ticks) == 3 + benchmark.WARM_UP
+@pytest.fixture(scope="module")
+def made() -> list[measure.Row]:
+    """Rows of a map on which torchvision's block 7 fails."""
+    lines, rounds = [], []
+    case = measure.op_case((1, 8, 6, 6), 7, 0.1, "cpu", log=lines.append)
+    rows = measure.measure(case, 3, lambda: rounds.append(1), busy=1)
+    assert any(line.startswith("torchvision: left out, it fails here") for line in lines)
+    assert len(rounds) == 3 + measure.WARM_UP
+    return rows
+
+
+def test_rows(made):
     names = {row.provider for row in made}
     assert {"F.dropout", "ours, cpu", "ours, reference", "floor: a scaled copy"} <= names
-    assert any(
-        line.startswith("torchvision: left out, it fails here") for line in said
-    )  # block 7 on a 6x6 map
-    assert next(row for row in made if row.provider == "F.dropout").relative == 1
-    assert all(row.q10_ms <= row.median_ms <= row.q90_ms for row in made)
+    baseline = next(row for row in made if row.provider == "F.dropout")
+    assert baseline.relative == baseline.relative_mean == 1
+    for row in made:
+        assert 0 < row.q10_ms <= row.median_ms <= row.q90_ms
+        assert row.relative_mean == pytest.approx(row.mean_ms / baseline.mean_ms)
+        assert row.setting == "float32 k=7 p=0.1, 1 busy"
+        assert f"torch {torch.__version__.split('+')[0]}" in row.versions
+        assert row.hardware
 
+
+def test_rows_are_read_back_and_shown(made, tmp_path):
     path = tmp_path / "new" / "rows.csv"
-    benchmark_report.append_csv(path, made)
     later = [replace(row, relative=0.9876) if row.provider == "ours, cpu" else row for row in made]
     larger = [replace(row, shape="10x8x6x6") for row in made if row.provider != "F.dropout2d"]
-    benchmark_report.append_csv(path, later + larger)
-    rows = list(csv.DictReader(path.open()))
+    report.write_rows(path, [*made, *later, *larger])
+    rows = report.read_rows(path)
     assert len(rows) == 3 * len(made) - 1
-    assert f"torch {torch.__version__.split('+')[0]}" in rows[0]["versions"]
-    assert rows[0]["hardware"]
-    tables = benchmark_report.markdown(path)
+    assert [row.provider for row in rows[: len(made)]] == [row.provider for row in made]
+    assert rows[0].median_ms == pytest.approx(made[0].median_ms, rel=1e-3)
+    tables = report.markdown(rows)
     assert "| | 1x8x6x6 | 10x8x6x6 |" in tables
-    assert tables.count("\n| ours, cpu |") == 2  # a line of times and one of memory
+    assert tables.count("\n| ours, cpu |") == 3  # a line of times, one of means, one of memory
     assert "\n| ours, cpu | 0.988 (" in tables  # the newest
     assert re.search(r"\n\| F.dropout2d \| \S+ \(\S+\) \|  \|\n", tables)  # not measured there
-    benchmark_report.plot(path, tmp_path / "rows.png")
+    plot(rows, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 5000
+
+
+def test_processes_are_busy_inside_and_gone_afterwards():
+    def running() -> int:
+        own = subprocess.run(
+            ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
+        )
+        return own.stdout.count("while True: pass")
+
+    with measure.busy_processes(2):
+        assert running() == 2
+    assert running() == 0
+
+
+def test_a_training_step_has_every_setting():
+    case = measure.train_step_case((64, 64), 2, 3, 0.1, "cpu")
+    assert list(case.works) == ["none", "ours", "F.dropout", "torchvision"]
+    case.works["none"]()
+    case.works["ours"]()
 
 
 def test_memory_counts_what_is_held_at_once():
@@ -53,64 +84,101 @@ def test_memory_counts_what_is_held_at_once():
         for _ in range(2):
             torch.empty(2**18).fill_(1)
 
-    assert 0.9 < benchmark.peak_memory(work, "cpu") < 1.2
+    assert 0.9 < measure.peak_memory(work, "cpu") < 1.2
 
 
 def test_our_path_is_forced_and_given_back():
     x = torch.ones(1, 4, 12, 12)
-    before = benchmark.dropblock.FORCED_PATH
-    assert (benchmark.ours("reference", x, 0.5, 3) == 0).any()
-    assert benchmark.dropblock.FORCED_PATH is before
+    before = dropblock.FORCED_PATH
+    assert (measure.ours("reference", x, 0.5, 3) == 0).any()
+    assert dropblock.FORCED_PATH is before
 
 
 def test_mmdetections_formulation_drops_the_expected_share():
     """2,000 planes of 400; the share's standard error is below 0.4 %, three of them are allowed."""
     torch.manual_seed(0)
-    dropped = (benchmark.mmdetection(torch.ones(20, 400, 20, 20), 0.2, 5) == 0).float().mean().item()
-    gamma = benchmark.reference.corner_probability(0.2, 5, 20, 20)
-    assert abs(dropped / benchmark.reference.expected_drop_share(gamma, 5, 20, 20) - 1) < 0.012
+    dropped = (measure.mmdetection(torch.ones(20, 400, 20, 20), 0.2, 5) == 0).float().mean().item()
+    gamma = measure.reference.corner_probability(0.2, 5, 20, 20)
+    assert abs(dropped / measure.reference.expected_drop_share(gamma, 5, 20, 20) - 1) < 0.012
+
+
+ROW = "op,s,2x3,ours,9,1,1,1,,F.dropout,1,1,1,,,cpu,torch,now"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--rounds", "1"], ["--rounds"]),
-        (["--batch", "2", "0"], ["--batch"]),
-        (["--size", "0", "320"], ["--size"]),
-        (["--p", "0.1"], ["--p", "--block-size"]),
-        (["--p", "nan", "--block-size", "7"], ["p must be", "nan"]),
-        (["--p", "0.1", "--block-size", "0"], ["block_size"]),
-        (["--output", "rows.md"], ["rows.md", "named .csv"]),
-        (["--output", "of_others.csv"], ["of_others.csv", "name another file"]),
-        (["--output", "binary.csv"], ["binary.csv", "name another file"]),
-        (["--output", "folder.csv"], ["folder.csv", "name another file"]),
+        (["op", "--rounds", "1"], ["rounds"]),
+        (["op", "--batch", "2", "0"], ["batch"]),
+        (["op", "--batch", "1000000000"], ["GiB", "smaller"]),
+        (["op", "--stage", "5"], ["stage"]),
+        (["op", "--busy", "-1"], ["busy"]),
+        (["train-step", "--size", "1", "1"], ["size", "64"]),
+        (["train-step", "--batch", "2147483647"], ["GiB", "smaller"]),
+        (["op", "--p", "0.1"], ["--p", "--block-size"]),
+        (["op", "--p", "nan", "--block-size", "7"], ["p", "nan"]),
+        (["op", "--p", "1.5", "--block-size", "7"], ["p", "1.5"]),
+        (["op", "--p", "0.1", "--block-size", "0"], ["block_size"]),
+        (["op", "--device", "tpu"], ["device", "tpu"]),
+        (["op", "--output", "rows.md"], ["rows.md", "named .csv"]),
+        (["op", "--output", "of_others.csv"], ["of_others.csv", "name another file"]),
+        (["op", "--output", "binary.csv"], ["binary.csv", "name another file"]),
+        (["op", "--output", "folder.csv"], ["folder.csv"]),
+        (["op", "--output", "garbage.csv"], ["garbage.csv", "line 3", "median_ms"]),
+        (["op", "--output", "zero.csv"], ["zero.csv", "line 2", "relative"]),
+        (["op", "--output", "nan.csv"], ["nan.csv", "line 2", "median_ms"]),
+        (["op", "--output", "shape.csv"], ["shape.csv", "line 2", "shape"]),
+        (["op", "--output", "short.csv"], ["short.csv", "line 2"]),
+        (["op", "--output", "long.csv"], ["long.csv", "line 2"]),
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_is_measured(
     arguments, words, tmp_path, monkeypatch, line_of
 ):
     monkeypatch.chdir(tmp_path)
-    kept = {"of_others.csv": b"what,setting\n1,2\n", "binary.csv": b"\xff\xfe\x00", "rows.md": b"mine"}
+    monkeypatch.setattr(tool, "measure", None)
+    header = ",".join(report.COLUMN_NAMES)
+    kept = {
+        "of_others.csv": b"what,setting\n1,2\n",
+        "binary.csv": b"\xff\xfe\x00",
+        "rows.md": b"mine",
+        "garbage.csv": f"{header}\n{ROW}\n{ROW.replace('9,1,1,1', '9,much,1,1')}\n".encode(),
+        "zero.csv": f"{header}\n{ROW.replace('dropout,1', 'dropout,0')}\n".encode(),
+        "nan.csv": f"{header}\n{ROW.replace('9,1,1,1', '9,nan,1,1')}\n".encode(),
+        "shape.csv": f"{header}\n{ROW.replace('2x3', '2x')}\n".encode(),
+        "short.csv": f"{header}\n{ROW.partition(',cpu')[0]}\n".encode(),
+        "long.csv": f"{header}\n{ROW},more\n".encode(),
+    }
     for name, content in kept.items():
         Path(name).write_bytes(content)
     Path("folder.csv").mkdir()
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "op", *arguments])
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
     line = line_of(tool_module("benchmark.py").main)
     assert all(word in line for word in words), line
     assert {name: Path(name).read_bytes() for name in kept} == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "folder.csv"])
 
 
-def test_the_tool_keeps_earlier_rows_and_writes_table_and_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.STAGES, 4, (4, 7, 9))
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_the_tool_keeps_earlier_rows_and_writes_table_and_plot(matplotlib, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(measure.STAGES, 4, (4, 7, 9))
+    if not matplotlib:
+        monkeypatch.setitem(sys.modules, "dropblock_det.benchmark.figure", None)
     path = tmp_path / "rows.csv"
     arguments = ["op", "--stage", "4", "--batch", "1", "--rounds", "2", "--output", str(path)]
     for _ in range(2):
         monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
         tool_module("benchmark.py").main()
-    rows = list(csv.DictReader(path.open()))
     settings = ["float32 k=7 p=0.1", "float32 k=3 p=0.3"]
-    assert [row["setting"] for row in rows if row["provider"] == "ours, cpu"] == settings * 2
+    rows = report.read_rows(path)
+    assert [row.setting for row in rows if row.provider == "ours, cpu"] == settings * 2
     assert all(setting in path.with_suffix(".md").read_text() for setting in settings)
-    assert path.with_suffix(".png").stat().st_size > 5000
-    assert "8/8" in capsys.readouterr().out  # two settings of two rounds and their warming up
+    assert path.with_suffix(".png").exists() == matplotlib
+    output = capsys.readouterr().out
+    assert "8/8" in output  # two settings of two rounds and their warming up
+    assert ("no picture" in output) != matplotlib
+
+
+def test_measuring_needs_no_matplotlib():
+    program = "import sys; sys.modules['matplotlib'] = None; import dropblock_det.benchmark.tool"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

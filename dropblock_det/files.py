@@ -169,8 +169,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename2:
-            error.filename = str(path)  # a write knows no name, and that of the temporary file says nothing
+        refused = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save's own
+        if isinstance(refused, OSError) and refused.errno and refused.filename in (None, temporary):
+            raise OSError(refused.errno, refused.strerror, str(path)) from error
         raise
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from support.tiny_run import ROOT, arguments, start, train
 from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn
 
 from dropblock_det.errors import InputError
+from dropblock_det.files import write_bytes
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO
 from dropblock_det.runs.folder import newest_checkpoint
 from dropblock_det.training import cli
@@ -302,3 +304,21 @@ def test_the_figures_are_printed_before_the_results_are_written(run, tmp_path, c
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         evaluate(run / "checkpoints" / "best.ckpt", results=tmp_path / "file" / "x.json", accelerator="cpu")
     assert "AR_large" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", [b"x" * 2**22, {"weight": torch.zeros(2**20)}], ids=["bytes", "checkpoint"]
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(content, tmp_path, line_of):
+    """The limit on a file's size stands for it."""
+    path, before = tmp_path / "x.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        if isinstance(content, bytes):
+            line = line_of(lambda: write_bytes(path, content))
+        else:
+            line = line_of(lambda: AtomicCheckpointIO().save_checkpoint(content, path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"error: {path}: File too large (make room and start again" in line
+    assert list(tmp_path.iterdir()) == []

@@ -150,7 +150,8 @@ def check_settings(config: dict[str, Any]) -> None:
         InputError: Names the setting.
     """
     for name in ("trainer", "model", "data", "regularize", "output", "seed_everything"):
-        if config.get(name) in (None, {}):
+        value = config.get(name)
+        if value is None or (name == "trainer" and not {*OURS} <= value.keys()):
             raise InputError(f"{name}: is null; leave it out, or give a value")
     if "resume" in config:
         raise InputError("resume: not a setting; give --resume RUN_FOLDER on the command line")

@@ -17,7 +17,7 @@ from support import tiny_run
 from support.tiny_run import ROOT, start, train
 
 from dropblock_det.errors import InputError
-from dropblock_det.runs.recorder import is_finished
+from dropblock_det.runs.folder import is_finished
 from dropblock_det.training.evaluate import evaluate
 
 

@@ -199,6 +199,7 @@ class ClassificationDataModule(LightningDataModule):
         train_subset: Number of training images, drawn with ``subset_seed``; null for all.
         val_subset: Number of test images, drawn with ``subset_seed``; null for all.
         subset_seed: Seed of the subsets alone, so that runs with other seeds see the same images.
+        train_subset_seed: Seed of the training subset where it is another than ``subset_seed``.
         seed: Seed of the order of training images and of their augmentation.
     """
 
@@ -214,25 +215,33 @@ class ClassificationDataModule(LightningDataModule):
         train_subset: int | None = None,
         val_subset: int | None = None,
         subset_seed: int = 0,
+        train_subset_seed: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if source not in SOURCES:
             raise InputError(f"data.source: got {source!r}, give one of {', '.join(SOURCES)}")
         least = {"size": 1, "batch_size": 1, "shift": 0, "train_subset": 1, "val_subset": 1}
-        given = {
+        given: dict[str, int | None] = {
             "size": size,
             "batch_size": batch_size,
             "shift": shift,
             "subset_seed": subset_seed,
+            "train_subset_seed": train_subset_seed,
             "seed": seed,
         }
-        for name, value in (given | {"train_subset": train_subset, "val_subset": val_subset}).items():
+        given |= {
+            "train_subset_seed": train_subset_seed,
+            "train_subset": train_subset,
+            "val_subset": val_subset,
+        }
+        for name, value in given.items():
             if value is not None and value < least.get(name, 0):
                 raise InputError(f"data.{name}: got {value}, give {least.get(name, 0)} or more")
         self.root, self.source, self.download, self.size = Path(root), source, download, size
         self.batch_size, self.flip, self.shift, self.seed = batch_size, flip, shift, seed
         self.train_subset, self.val_subset, self.subset_seed = train_subset, val_subset, subset_seed
+        self.train_subset_seed = subset_seed if train_subset_seed is None else train_subset_seed
 
     @cached_property
     def train_images(self) -> Labelled:
@@ -247,12 +256,12 @@ class ClassificationDataModule(LightningDataModule):
     @cached_property
     def train_dataset(self) -> InMemory:
         """The chosen training images."""
-        return self._choose(self.train_images, self.train_subset, "train_subset")
+        return self._choose(self.train_images, self.train_subset, self.train_subset_seed, "train_subset")
 
     @cached_property
     def val_dataset(self) -> InMemory:
         """The chosen test images."""
-        return self._choose(self.val_images, self.val_subset, "val_subset")
+        return self._choose(self.val_images, self.val_subset, self.subset_seed, "val_subset")
 
     def _load(self, train: bool) -> Labelled:
         try:
@@ -264,13 +273,13 @@ class ClassificationDataModule(LightningDataModule):
             )
             raise InputError(f"{self.root}: no {self.source} data set: {reason}; {hint}") from None
 
-    def _choose(self, data: Labelled, subset: int | None, name: str) -> InMemory:
+    def _choose(self, data: Labelled, subset: int | None, seed: int, name: str) -> InMemory:
         size = len(data.labels)
         if subset is None:
             return InMemory(data, torch.arange(size))
         if subset > size:
             raise InputError(f"data.{name}: got {subset}, the data set has {size} images; give 1 to {size}")
-        order = torch.from_numpy(np.random.default_rng(self.subset_seed).permutation(size))
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(size))
         return InMemory(data, order[:subset].sort().values)
 
     @property

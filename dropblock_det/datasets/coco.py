@@ -42,6 +42,7 @@ class CocoDataModule(LightningDataModule):
         train_subset: Number of training images, drawn with ``subset_seed``; null for all.
         val_subset: Number of validation images, drawn with ``subset_seed``; null for all.
         subset_seed: Seed of the subsets alone, so that runs with other seeds see the same images.
+        train_subset_seed: Seed of the training subset where it is another than ``subset_seed``.
         seed: Seed of the order of training images and of their augmentation.
         cache_mb: Keep up to this many MB (per process) of decoded training images in memory; 0 is off.
     """
@@ -59,6 +60,7 @@ class CocoDataModule(LightningDataModule):
         train_subset: Count | None = None,
         val_subset: Count | None = None,
         subset_seed: Seed = 0,
+        train_subset_seed: Seed | None = None,
         seed: Seed = 0,
         cache_mb: Natural = 0,
     ) -> None:
@@ -69,6 +71,7 @@ class CocoDataModule(LightningDataModule):
             "train_subset": train_subset,
             "val_subset": val_subset,
             "subset_seed": subset_seed,
+            "train_subset_seed": train_subset_seed,
             "seed": seed,
             "cache_mb": cache_mb,
         }
@@ -79,6 +82,7 @@ class CocoDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed, self.cache_mb = batch_size, num_workers, seed, cache_mb
         self.augmentation = augmentation
         self.train_subset, self.val_subset, self.subset_seed = train_subset, val_subset, subset_seed
+        self.train_subset_seed = subset_seed if train_subset_seed is None else train_subset_seed
 
     @cached_property
     def train_dataset(self) -> CocoDataset:
@@ -89,7 +93,7 @@ class CocoDataModule(LightningDataModule):
             self.train_images,
             self.augmentation,
             subset=self.train_subset,
-            seed=self.subset_seed,
+            seed=self.train_subset_seed,
             cache_mb=self.cache_mb,
         )
         del dataset.annotations  # 100 MB for all of COCO, and only validation needs them

@@ -197,6 +197,8 @@ class ScenesDataModule(CocoDataModule):
         train_size: Number of training scenes.
         val_size: Number of validation scenes.
         scenes_seed: Seed of the scenes themselves.
+        train_subset: Number of training scenes to use, drawn with ``train_subset_seed``; null for all.
+        train_subset_seed: Seed of that subset alone.
         batch_size: Images per batch and process.
         num_workers: Worker processes that load images, per process; 0 loads in the process itself.
         augmentation: Augmentation of the training images.
@@ -210,6 +212,8 @@ class ScenesDataModule(CocoDataModule):
         train_size: Size = 512,
         val_size: Size = 128,
         scenes_seed: Seed = 0,
+        train_subset: Count | None = None,
+        train_subset_seed: Seed = 0,
         batch_size: Count = 8,
         num_workers: Workers = 2,
         augmentation: Augmentation = FLIP,
@@ -227,6 +231,8 @@ class ScenesDataModule(CocoDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             augmentation=augmentation,
+            train_subset=train_subset,
+            train_subset_seed=train_subset_seed,
             seed=seed,
             cache_mb=cache_mb,
         )

@@ -113,6 +113,15 @@ def test_a_subset_has_a_seed_of_its_own(folder):
     assert hashes[0] == hashes[2] != hashes[1]
 
 
+def test_the_training_subset_varies_alone(folder):
+    data = [
+        ClassificationDataModule(str(folder), train_subset=5, val_subset=3, train_subset_seed=n)
+        for n in range(5)
+    ]
+    assert len({tuple(each.train_dataset.ids.tolist()) for each in data}) > 1
+    assert len({tuple(each.val_dataset.ids.tolist()) for each in data}) == 1
+
+
 def test_checkpoint_arguments_give_the_same_test_images(folder):
     data = ClassificationDataModule(str(folder), val_subset=3, subset_seed=1, size=4, flip=True)
     again = ClassificationDataModule(**data.validation_arguments())

@@ -158,3 +158,18 @@ def test_loader_reads_what_was_drawn(data):
         assert mask[bottom - 1].any()
         assert mask[:, left].any()
         assert mask[:, right - 1].any()
+
+
+def test_the_training_subset_varies_alone(tmp_path):
+    """As compare.py's --vary-subset needs it: other training images, the same validation images."""
+    made = [
+        ScenesDataModule(str(tmp_path), 12, 3, train_subset=5, train_subset_seed=seed, num_workers=0)
+        for seed in (0, 0, 1)
+    ]
+    made[0].prepare_data()
+    first, same, other = (data.train_dataset.ids for data in made)
+    assert len(first) == 5
+    assert first == same != other
+    assert made[0].val_dataset.ids == made[2].val_dataset.ids
+    hashes = [data.data_hash() for data in made]
+    assert hashes[0] == hashes[1] != hashes[2]

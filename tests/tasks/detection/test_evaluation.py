@@ -16,9 +16,11 @@ from dropblock_det.datasets.annotations import coco_index, load_annotations
 from dropblock_det.errors import InputError
 from dropblock_det.tasks.detection.coco_eval import (
     COCO_METRICS,
+    coco_evaluation,
     coco_metrics,
     detections_to_coco,
     load_results,
+    outcomes_of,
 )
 
 CATEGORIES = [{"label": 1, "id": 2, "name": "bicycle"}, {"label": 2, "id": 18, "name": "dog"}]
@@ -219,3 +221,63 @@ def test_any_detections_give_pycocotools_figures(truth, found):
     expected = [math.nan if value == -1 else value for value in evaluation.stats]
     np.testing.assert_allclose(list(got.values()), expected, rtol=0, atol=1e-9)
     assert all(math.isnan(value) or 0 <= value <= 1 for value in got.values())
+
+
+def average_precision(outcomes, name, times):
+    """COCO's, from the outcomes alone, with each image as often as ``times`` says; slow and plain."""
+    values = []
+    for k in range(len(outcomes.categories)):
+        objects = (outcomes.truths[:, k] * times).sum()
+        rows = np.flatnonzero(outcomes.category == k)
+        rows = rows[np.argsort(-outcomes.score[rows], kind="stable")]
+        weights = times[outcomes.image[rows]]
+        for column in outcomes.columns[name] if objects else ():
+            counts = weights * ~outcomes.ignored[rows, column]
+            right = np.cumsum(counts * outcomes.hit[rows, column])
+            wrong = np.cumsum(counts * ~outcomes.hit[rows, column])
+            precision = right / np.maximum(right + wrong, 1)
+            precision = np.maximum.accumulate(precision[::-1])[::-1]
+            places = np.searchsorted(right / objects, np.linspace(0, 1, 101), side="left")
+            values.append(np.append(precision, 0)[places].mean())
+    return np.mean(values)
+
+
+def several_times(coco, results, times):
+    """The annotations and detections with each image as often as ``times`` says, under other ids."""
+    images, annotations, found = [], [], []
+    for image, number in zip(sorted(coco.imgs), times, strict=True):
+        for _ in range(number):
+            new = len(images)
+            images.append({**coco.imgs[image], "id": new})
+            annotations += [{**a, "image_id": new} for a in coco.imgToAnns[image]]
+            found += [{**r, "image_id": new} for r in results if r["image_id"] == image]
+    annotations = [{**a, "id": number} for number, a in enumerate(annotations, start=1)]
+    content = {"images": images, "categories": coco.dataset["categories"], "annotations": annotations}
+    return coco_index(content), found
+
+
+def test_outcomes_give_the_metrics_of_resampled_images(real_coco):
+    """Exactly those that pycocotools gives for these images."""
+    coco = load_annotations(real_coco / "annotations" / "instances_val2017.json").index()
+    results = noisy(coco, 2)
+    outcomes = outcomes_of(coco_evaluation(coco, results, list(coco.imgs)))
+    assert outcomes.images.tolist() == sorted(coco.imgs)
+    rng = np.random.default_rng(0)
+    for times in (
+        np.ones(len(coco.imgs), int),
+        *rng.multinomial(len(coco.imgs), [1 / len(coco.imgs)] * len(coco.imgs), 2),
+    ):
+        resampled, found = several_times(coco, results, times)
+        expected = coco_metrics(resampled, found, list(resampled.imgs))
+        for name in ("mAP", "AP50", "AP75"):
+            assert average_precision(outcomes, name, times) == pytest.approx(expected[name], abs=1e-12)
+
+
+def test_outcomes_of_nothing(content, write):
+    coco = load_annotations(write(content)[0]).index()
+    outcomes = outcomes_of(coco_evaluation(coco, [], [7, 3]))
+    assert outcomes.images.tolist() == [3, 7]
+    assert outcomes.categories == ("bicycle", "dog")
+    assert outcomes.truths.tolist() == [[2, 0], [1, 1]]  # the crowd is no object to find
+    assert outcomes.hit.shape == outcomes.ignored.shape == (0, 10)
+    assert outcomes.image.shape == outcomes.category.shape == outcomes.score.shape == (0,)

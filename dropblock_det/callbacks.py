@@ -1,17 +1,22 @@
 """Injecting and scheduling a regularizer in anyone's LightningModule, as one callback."""
 
+import math
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
 from dropblock_det.datasets.sampling import draw_seed
 from dropblock_det.errors import InputError
 from dropblock_det.inject.inject import RegularizerHandle, regularize_
+from dropblock_det.inject.shares import SiteShares
 from dropblock_det.layers import make_regularizer
-from dropblock_det.schedule import P_SCHEDULES, scheduled_p
+from dropblock_det.schedule import P_SCHEDULES, p_at
 
 
 class Regularize(Callback):
@@ -23,48 +28,68 @@ class Regularize(Callback):
     generators are seeded from (seed, rank, step): processes draw different masks, and a resumed run
     draws those that it would have drawn.
 
+    Logged are ``p``, the share really dropped over all sites (``drop_share``, on the steps that are logged)
+    and, at an epoch's end, per site (``drop_share/<site>``). Of several such callbacks each logs
+    ``p/<regularizer>`` and ``drop_share/<regularizer>``.
+
     Args:
-        regularizer: ``none``, ``dropout``, ``spatial_dropout`` or ``dropblock``.
-        p: Target drop probability, between 0 and 1.
+        regularizer: A name in :data:`~dropblock_det.layers.REGULARIZERS`: ``none``, ``dropout``,
+            ``spatial_dropout``, ``dropblock`` or ``stochastic_depth``. Or what builds a module of your own
+            for each site, in YAML ``{class_path: ..., init_args: ...}``; its ``p`` is then the target.
+        p: Target drop probability, between 0 and 1, of a regularizer by name.
         block_size: For ``dropblock``: side of a block on the feature map, or its height and width.
-        at: Where: a preset such as ``paper``, or dotted names in which ``*`` is one segment.
-        schedule: ``linear`` (0 to ``p`` over the training, as in the paper) or ``constant``.
+        at: Where: a preset such as ``paper``, dotted names in which ``*`` is one segment, a list of these,
+            or these with factors on ``p``: ``{stage3: 0.25, stage4: 1.0}``.
+        schedule: A name in :data:`~dropblock_det.schedule.P_SCHEDULES`, such as ``linear`` (0 to ``p`` over
+            the training, as in the paper) or ``constant``. All but ``constant`` need to know how long the
+            training is: from ``max_epochs``, ``max_steps`` or ``max_time``.
         per_channel: For ``dropblock``: a mask per channel (the paper's finding) or one for all.
         calibration: For ``dropblock``: ``paper``, or ``exact`` for an expected dropped share of ``p``.
+        cutoff: For ``early`` and ``late``: the share of the training at which they switch.
 
     Raises:
-        InputError: An unknown name or a value out of range; in ``setup``, no site found.
+        InputError: An unknown name or a value out of range; in ``setup``, no site found; at the training's
+            start, a schedule that does not know how long it is.
     """
 
     def __init__(
         self,
-        regularizer: Literal["none", "dropout", "spatial_dropout", "dropblock"] = "none",
+        regularizer: str | Callable[[], nn.Module] = "none",
         p: float = 0.1,
         block_size: int | tuple[int, int] = 7,
-        at: str | list[str] = "paper",
-        schedule: Literal["linear", "constant"] = "linear",
+        at: str | list[str] | dict[str, float] = "paper",
+        schedule: str = "linear",
         per_channel: bool = True,
         calibration: Literal["paper", "exact"] = "paper",
+        cutoff: float = 0.5,
     ) -> None:
         if schedule not in P_SCHEDULES:
             raise InputError(f"schedule: got {schedule!r}, give one of {', '.join(P_SCHEDULES)}")
-        self.regularizer, self.p, self.at, self.schedule = regularizer, p, at, schedule
-        self.arguments: dict[str, Any] = {}
-        if regularizer == "dropblock":
-            self.arguments = {
-                "block_size": block_size,
-                "per_channel": per_channel,
-                "calibration": calibration,
-            }
-        self.make()  # a bad argument is said now, not after the data is loaded
+        if not 0 <= cutoff <= 1:
+            raise InputError(f"cutoff: got {cutoff!r}, give a share of the training, from 0 to 1")
+        self.regularizer, self.at, self.schedule, self.cutoff = regularizer, at, schedule, cutoff
+        self.arguments: dict[str, Any] = {
+            "p": p,
+            "block_size": block_size,
+            "per_channel": per_channel,
+            "calibration": calibration,
+        }
+        made = self.make()  # a bad argument is said now, not after the data is loaded
+        self.name = regularizer if isinstance(regularizer, str) else type(made).__name__
+        self.p: float | None = p if isinstance(regularizer, str) else getattr(made, "p", None)
+        if self.p is None and schedule != "constant":
+            raise InputError(f"{self.name} has no drop probability `p`: give it one, or schedule: constant")
         self.handle: RegularizerHandle | None = None
+        self.shares: SiteShares | None = None
         self._seed = 0
-        self._counts: list[tuple[Tensor, Tensor]] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._total_steps: float = 0
+        self._epochs = 1
 
-    def make(self) -> Any:
-        """Returns a new regularizer, or None for ``none``."""
-        return make_regularizer(self.regularizer, self.p, **self.arguments)
+    def make(self) -> nn.Module:
+        """Returns a new regularizer."""
+        if callable(self.regularizer):
+            return self.regularizer()
+        return make_regularizer(self.regularizer, **self.arguments)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Injects, before the optimizer, the strategy and SyncBatchNorm see the model."""
@@ -77,40 +102,91 @@ class Regularize(Callback):
         if self.handle is not None:
             self.handle.remove()  # an earlier fit ended in an exception
         self.handle = regularize_(pl_module, self.make, at=self.at)
+        self.shares = SiteShares(self.handle)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks how long the training is.
+
+        Raises:
+            InputError: Nobody knows, and the schedule needs it.
+        """
+        if self.handle is None or self.schedule == "constant":
+            return
+        total = float(trainer.estimated_stepping_batches)  # infinite or -1 where it is not known
+        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+        self._total_steps = total if 0 < total < math.inf else 0
+        if not self._total_steps and _timer(trainer) is None:
+            raise InputError(
+                f"schedule: {self.schedule} needs to know how long the training is: give the trainer"
+                " max_steps or max_time, or choose constant"
+            )
+        if self._total_steps and batches < math.inf:
+            self._epochs = math.ceil(total / math.ceil(batches))
+        elif self.schedule == "epochwise":
+            raise InputError("schedule: epochwise needs to know how many epochs there are; give max_epochs")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Sets this step's ``p`` and this rank's and step's random stream."""
         torch.manual_seed(draw_seed(self._seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
-        if self.handle is None:
+        if self.handle is None or self.shares is None:
             return
-        p = scheduled_p(self.p, trainer.global_step, int(trainer.estimated_stepping_batches), self.schedule)
-        self.handle.set_p(p)
-        pl_module.log("p", p)
-        logged = (batch_idx + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if logged or trainer.is_last_batch:
-            sites: list[Any] = [pl_module.get_submodule(site) for site in self.handle.sites]
-            self._hooks = [site.regularizer.register_forward_hook(self._count) for site in sites]
+        if self.p is not None:
+            p = p_at(self._progress(trainer), self.p, self.schedule, self.cutoff, self._epochs)
+            self.handle.set_p(p)
+            pl_module.log(self._log_name(trainer, "p"), p)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
+            self.shares.start()
 
-    def _count(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # A zero in the input, as behind a ReLU, cannot be told from a dropped element: it does not count.
-        alive = inputs[0] != 0
-        self._counts.append(((alive & (output == 0)).sum(), alive.sum()))
+    def _progress(self, trainer: Trainer) -> float:
+        """How much of the training is done, from 0 to 1: in steps, or in time where only that has an end."""
+        if self._total_steps:
+            return min(1.0, trainer.global_step / max(1, self._total_steps - 1))
+        timer = _timer(trainer)
+        if timer is None:
+            return 0.0
+        elapsed, remaining = timer.time_elapsed(), timer.time_remaining() or 0.0
+        return min(1.0, elapsed / max(1e-9, elapsed + remaining))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the share that was really dropped, over all sites."""
-        for hook in self._hooks:
-            hook.remove()
-        if self._counts:
-            dropped, alive = (torch.stack(column).sum() for column in zip(*self._counts, strict=True))
-            pl_module.log("drop_share", dropped / alive)
-        self._hooks, self._counts = [], []
+        """Logs the share that was really dropped, over all sites; names sites that did not run."""
+        if self.handle is None or self.shares is None:
+            return
+        self.handle.warn_of_idle_sites()
+        share = self.shares.stop()
+        if share is not None:
+            pl_module.log(self._log_name(trainer, "drop_share"), share)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the share dropped at each site, and warns where it is not what it should be."""
+        if self.shares is None:
+            return
+        shares, warnings = self.shares.collect(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
+        for site, share in shares.items():
+            pl_module.log(f"drop_share/{site}", share)
+        for warning in warnings:
+            rank_zero_warn(warning)
+
+    def _log_name(self, trainer: Trainer, quantity: str) -> str:
+        others = [c for c in trainer.callbacks if isinstance(c, Regularize) and c.handle is not None]  # type: ignore[attr-defined]
+        if len(others) == 1:
+            return quantity
+        namesakes = [c for c in others if c.name == self.name]
+        number = f"_{namesakes.index(self) + 1}" if len(namesakes) > 1 else ""
+        return f"{quantity}/{self.name}{number}"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the stock model back."""
         if self.handle is not None:
             self.handle.remove()
-            self.handle = None
+            self.handle = self.shares = None
+
+
+def _timer(trainer: Trainer) -> Timer | None:
+    """What ends a training after ``max_time``."""
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer) and c.time_remaining() is not None]  # type: ignore[attr-defined]
+    return timers[0] if timers else None

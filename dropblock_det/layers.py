@@ -1,6 +1,7 @@
 """``DropBlock2d`` and the table of regularizers by name."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,13 +99,23 @@ def recorded(x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _stochastic_depth(p: float, **dropblock: Any) -> nn.Module:
+    from torchvision.ops import StochasticDepth  # here, not above: the other regularizers need torch alone
+
+    return StochasticDepth(p, mode="row")
+
+
 REGULARIZERS: dict[str, Callable[..., nn.Module]] = {
     "none": lambda p, **dropblock: nn.Identity(),
     "dropout": lambda p, **dropblock: nn.Dropout(p),
     "spatial_dropout": lambda p, **dropblock: nn.Dropout2d(p),
     "dropblock": DropBlock2d,
+    "stochastic_depth": _stochastic_depth,
 }
-"""Factories by name, all called as ``factory(p, block_size=..., per_channel=..., calibration=...)``."""
+"""Factories by name, all called as ``factory(p, block_size=..., per_channel=..., calibration=...)``.
+
+``stochastic_depth`` drops whole samples; it belongs at the ends of residual branches, ``at="residual"``.
+"""
 
 
 def make_regularizer(
@@ -113,7 +124,7 @@ def make_regularizer(
     """Builds the regularizer of a name in :data:`REGULARIZERS`.
 
     Args:
-        name: ``none`` (the identity), ``dropout``, ``spatial_dropout`` or ``dropblock``.
+        name: one of them; ``none`` is the identity.
         p: drop probability in [0, 1].
         block_size: of DropBlock; the others ignore it, like the two below.
         per_channel: as for :class:`DropBlock2d`.
@@ -122,7 +133,7 @@ def make_regularizer(
     Raises:
         InputError: the name is unknown or an argument is out of range.
     """
-    if name not in REGULARIZERS:
+    if not isinstance(name, str) or name not in REGULARIZERS:
         raise InputError(f"regularizer must be one of {', '.join(REGULARIZERS)}, not {name!r}")
     check_arguments(p, block_size, calibration)
     return REGULARIZERS[name](p, block_size=block_size, per_channel=per_channel, calibration=calibration)

@@ -8,27 +8,50 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 
-P_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda progress: progress,
-    "constant": lambda progress: 1.0,
+P_SCHEDULES: dict[str, Callable[..., float]] = {
+    "linear": lambda progress, **_: progress,
+    "constant": lambda progress, **_: 1.0,
+    "cosine": lambda progress, **_: (1 - math.cos(math.pi * progress)) / 2,
+    "early": lambda progress, cutoff, **_: float(progress < cutoff),
+    "late": lambda progress, cutoff, **_: float(progress >= cutoff),
+    "epochwise": lambda progress, epochs, **_: min(int(progress * epochs), epochs - 1) / max(1, epochs - 1),
 }
-"""Name -> share of the target ``p`` at a training progress between 0 and 1."""
+"""Name -> share of the target ``p``, called as ``schedule(progress, cutoff=..., epochs=...)``.
+
+``progress`` runs from 0 at the first step of a training to 1 at the last. ``linear`` (the paper's "scheduled
+DropBlock", section 3) and ``cosine`` rise from 0 to 1; ``early`` is 1 until the ``cutoff``, then 0 (Liu et
+al. 2023, "Dropout reduces underfitting"), ``late`` the reverse; ``epochwise`` rises by the same amount after
+each epoch, from 0 in the first to 1 in the last.
+"""
 
 
-def scheduled_p(p: float, step: int, total_steps: int, schedule: str = "linear") -> float:
+def p_at(progress: float, p: float, schedule: str, cutoff: float = 0.5, epochs: int = 1) -> float:
+    """Returns the drop probability at a point of a training.
+
+    Args:
+        progress: The share of the training that is done, from 0 at the first step to 1 at the last.
+        p: The target drop probability.
+        schedule: A name in :data:`P_SCHEDULES`.
+        cutoff: For ``early`` and ``late``: the progress at which they switch.
+        epochs: For ``epochwise``: the training's.
+    """
+    return p * P_SCHEDULES[schedule](progress, cutoff=cutoff, epochs=epochs)
+
+
+def scheduled_p(
+    p: float, step: int, total_steps: int, schedule: str = "linear", cutoff: float = 0.5, epochs: int = 1
+) -> float:
     """Returns the drop probability at an optimizer step.
-
-    ``"linear"`` rises from 0 at the first step to ``p`` at the last (DropBlock paper, section 3:
-    "scheduled DropBlock"); ``"constant"`` is ``p`` throughout.
 
     Args:
         p: The target drop probability.
         step: Optimizer steps done so far (Lightning's ``global_step``).
         total_steps: Optimizer steps of the whole training.
         schedule: A name in :data:`P_SCHEDULES`.
+        cutoff: As for :func:`p_at`.
+        epochs: As for :func:`p_at`.
     """
-    progress = min(1.0, step / max(1, total_steps - 1))
-    return p * P_SCHEDULES[schedule](progress)
+    return p_at(min(1.0, step / max(1, total_steps - 1)), p, schedule, cutoff, epochs)
 
 
 def lr_factor(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from dropblock_det.errors import InputError
 from dropblock_det.layers import REGULARIZERS, DropBlock2d, make_regularizer
@@ -200,6 +201,7 @@ def test_table():
         "dropout": nn.Dropout,
         "spatial_dropout": nn.Dropout2d,
         "dropblock": DropBlock2d,
+        "stochastic_depth": StochasticDepth,
     }
     assert list(REGULARIZERS) == list(kinds)
     for name, kind in kinds.items():

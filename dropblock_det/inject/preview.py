@@ -11,8 +11,8 @@ from dropblock_det.inject.backbones import walk
 from dropblock_det.inject.inject import install
 from dropblock_det.inject.layout import find_layouts
 from dropblock_det.inject.placement import At, find_sites
+from dropblock_det.inject.shares import expected_share
 from dropblock_det.layers import DropBlock2d
-from dropblock_det.ops.reference import corner_probability, expected_drop_share
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,6 @@ def list_sites(
         p = getattr(regularizer, "p", None)
         sites.append(Site(name, _kind(model, name), p, tuple(shapes[name]), shares))
     return sites
-
-
-def expected_share(regularizer: nn.Module, shape: tuple[int, ...]) -> float | None:
-    """The share of elements that a regularizer drops on average.
-
-    Args:
-        regularizer: ``DropBlock2d``, or a module whose attribute ``p`` is that share.
-        shape: Of its input.
-
-    Returns:
-        A number in [0, 1], or ``None`` where the regularizer does not tell.
-    """
-    if isinstance(regularizer, DropBlock2d):
-        if len(shape) != 4:
-            return None
-        k, (height, width) = regularizer.block_size, shape[2:]
-        gamma = corner_probability(regularizer.p, k, height, width, regularizer.calibration)
-        return expected_drop_share(gamma, k, height, width)
-    p = getattr(regularizer, "p", None)
-    return None if p is None else float(p)
 
 
 class _Recorder(nn.Module):

@@ -171,7 +171,9 @@ def check_settings(config: dict[str, Any]) -> None:
     for name, value in trainer.items():
         if isinstance(value, int | float) and not -(2**31) <= value < 2**31:
             raise InputError(f"trainer.{name}: got {value}, give a number below {2**31}")
-    checked_arguments(Regularize, config["regularize"], "regularize.")
+    # A regularizer of one's own is a class with arguments: it is checked when it is built.
+    regularize = {name: value for name, value in config["regularize"].items() if name != "regularizer"}
+    checked_arguments(Regularize, regularize, "regularize.")
     checked_arguments(*_class_and_arguments(config["model"], DetectionModule), "model.")
     checked_arguments(*_class_and_arguments(config["data"], CocoDataModule), "data.")
 

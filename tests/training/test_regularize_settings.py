@@ -1,6 +1,7 @@
 """The settings below ``regularize:`` as a config or the command line gives them."""
 
 import csv
+import json
 
 import pytest
 import torchvision
@@ -37,6 +38,9 @@ def test_factors_a_schedule_and_a_class_of_ones_own(scenes, tmp_path, monkeypatc
     first, second = shares(output)
     assert first == {"layer3": pytest.approx(0.1, abs=0.05), "layer4": pytest.approx(0.4, abs=0.05)}
     assert second == {"layer3": 0.0, "layer4": 0.0}, "off after half of the training"
+    recorded = json.loads((output / "record.json").read_text())["epochs"]
+    site = next(name for name in recorded[0] if name.endswith("layer4.2.bn3"))
+    assert [epoch[site] for epoch in recorded] == pytest.approx([first["layer4"], second["layer4"]])
 
 
 @pytest.mark.parametrize(

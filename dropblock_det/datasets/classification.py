@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 from torchvision.transforms.v2.functional import resize
 
+from dropblock_det.arguments import Count, Natural, Seed, Side, checked_arguments
 from dropblock_det.datasets.images import read_image
 from dropblock_det.datasets.sampling import ValBatches, epoch_order
 from dropblock_det.errors import InputError
@@ -46,8 +47,8 @@ class Draw(NamedTuple):
     shifts: Tensor | None = None
 
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Images uint8 ``(B, C, H, W)``, labels int64 ``(B,)``, and the images' numbers int64 ``(B,)``."""
+Batch = tuple[Tensor, Tensor, list[int]]
+"""Images uint8 ``(B, C, H, W)``, labels int64 ``(B,)``, and the images' numbers."""
 
 
 def load_cifar10(root: Path, train: bool, download: bool, size: int | None) -> Labelled:
@@ -95,6 +96,10 @@ SOURCES: dict[str, Callable[[Path, bool, bool, int | None], Labelled]] = {
 """Name -> ``(root, train or test, download, size) -> images``."""
 
 
+def _categories(data: Labelled) -> list[dict[str, Any]]:
+    return [{"label": number, "id": number, "name": name} for number, name in enumerate(data.names)]
+
+
 class InMemory(Dataset[Batch]):
     """A whole data set as one tensor; an item is a batch."""
 
@@ -110,7 +115,7 @@ class InMemory(Dataset[Batch]):
             images = torch.where(draw.flips[:, None, None, None], images.flip(3), images)
         if draw.shifts is not None:
             images = shifted(images, draw.shifts)
-        return images, self.labels[draw.indices], self.ids[draw.indices]
+        return images, self.labels[draw.indices], self.ids[draw.indices].tolist()
 
 
 def shifted(images: Tensor, shifts: Tensor) -> Tensor:
@@ -208,36 +213,21 @@ class ClassificationDataModule(LightningDataModule):
         root: str,
         source: Literal["cifar10", "mnist", "folder"] = "folder",
         download: bool = False,
-        size: int | None = None,
-        batch_size: int = 256,
+        size: Side | None = None,
+        batch_size: Count = 256,
         flip: bool = False,
-        shift: int = 0,
-        train_subset: int | None = None,
-        val_subset: int | None = None,
-        subset_seed: int = 0,
-        train_subset_seed: int | None = None,
-        seed: int = 0,
+        shift: Natural = 0,
+        train_subset: Count | None = None,
+        val_subset: Count | None = None,
+        subset_seed: Seed = 0,
+        train_subset_seed: Seed | None = None,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
-        if source not in SOURCES:
-            raise InputError(f"data.source: got {source!r}, give one of {', '.join(SOURCES)}")
-        least = {"size": 1, "batch_size": 1, "shift": 0, "train_subset": 1, "val_subset": 1}
-        given: dict[str, int | None] = {
-            "size": size,
-            "batch_size": batch_size,
-            "shift": shift,
-            "subset_seed": subset_seed,
-            "train_subset_seed": train_subset_seed,
-            "seed": seed,
-        }
-        given |= {
-            "train_subset_seed": train_subset_seed,
-            "train_subset": train_subset,
-            "val_subset": val_subset,
-        }
-        for name, value in given.items():
-            if value is not None and value < least.get(name, 0):
-                raise InputError(f"data.{name}: got {value}, give {least.get(name, 0)} or more")
+        given = {"source": source, "size": size, "batch_size": batch_size, "shift": shift, "seed": seed}
+        given |= {"train_subset": train_subset, "val_subset": val_subset, "subset_seed": subset_seed}
+        given |= {"train_subset_seed": train_subset_seed}
+        checked_arguments(ClassificationDataModule, given, "data.")
         self.root, self.source, self.download, self.size = Path(root), source, download, size
         self.batch_size, self.flip, self.shift, self.seed = batch_size, flip, shift, seed
         self.train_subset, self.val_subset, self.subset_seed = train_subset, val_subset, subset_seed
@@ -285,7 +275,23 @@ class ClassificationDataModule(LightningDataModule):
     @property
     def categories(self) -> list[dict[str, Any]]:
         """One ``{"label", "id", "name"}`` per class; plain, so that it can travel in a checkpoint."""
-        return [{"label": n, "id": n, "name": name} for n, name in enumerate(self.train_images.names)]
+        return _categories(self.train_images)
+
+    @property
+    def val_categories(self) -> list[dict[str, Any]]:
+        """As :attr:`categories`, of the test images."""
+        return _categories(self.val_images)
+
+    @property
+    def val_files(self) -> list[Path]:
+        """The files that must not be written to while they are evaluated on."""
+        return [path for path in self.root.rglob("*") if path.is_file()]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        channels, height, width = self.train_images.images.shape[1:]
+        return channels, height, width
 
     def data_hash(self) -> str:
         """Returns a SHA-256 of the chosen images and labels; equal means the same data."""

@@ -107,6 +107,16 @@ class CocoDataModule(LightningDataModule):
             self.val_annotations, self.val_images, subset=self.val_subset, seed=self.subset_seed
         )
 
+    @property
+    def val_categories(self) -> list[dict[str, Any]]:
+        """As :attr:`categories`, of the validation annotations."""
+        return self.val_dataset.categories
+
+    @property
+    def val_files(self) -> list[Path]:
+        """The files that must not be written to while they are evaluated on."""
+        return [self.val_annotations]
+
     @cached_property
     def val_coco(self) -> "COCO":
         """The index that pycocotools makes of the original validation annotations, for evaluation."""
@@ -146,6 +156,7 @@ class CocoDataModule(LightningDataModule):
             "val_subset": self.val_subset,
             "subset_seed": self.subset_seed,
             "batch_size": self.batch_size,
+            "num_workers": 0,
         }
 
     def setup(self, stage: str) -> None:

@@ -130,7 +130,8 @@ class RunRecord(Callback):
         }
         if pl_module.evaluation is not None:
             self._samples = pl_module.evaluation.samples
-            write_outcomes(self.folder, pl_module.evaluation.outcomes)
+            if pl_module.evaluation.outcomes is not None:
+                write_outcomes(self.folder, pl_module.evaluation.outcomes)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Adds the epoch's entry and rewrites the record."""

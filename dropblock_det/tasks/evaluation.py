@@ -84,9 +84,9 @@ class Evaluation:
     Attributes:
         values: metric -> value; more names than the task declares may be among them.
         samples: a few images, always the same ones.
-        outcomes: of all images.
+        outcomes: of all images, where the metrics are average precisions.
     """
 
     values: dict[str, float]
     samples: tuple[Sample, ...]
-    outcomes: Outcomes
+    outcomes: Outcomes | None = None

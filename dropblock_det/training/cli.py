@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from rich.table import Table
 from dropblock_det.arguments import Seed, checked_arguments
 from dropblock_det.callbacks import Regularize
 from dropblock_det.commands import PlainConsole, parsed
-from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_yaml, write_text
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO, Checkpoints
@@ -34,7 +34,6 @@ from dropblock_det.runs.folder import (
 )
 from dropblock_det.runs.record import Epoch, read_record
 from dropblock_det.runs.recorder import RunRecord
-from dropblock_det.tasks.detection.module import DetectionModule
 from dropblock_det.training.launch import (
     Sound,
     check_launcher,
@@ -43,6 +42,7 @@ from dropblock_det.training.launch import (
     refusals,
     sole_use,
 )
+from dropblock_det.training.tasks import Task, task_classes
 
 # A setting can name a class, and to import a module is to run it: nothing outside these is imported.
 PACKAGES = ["dropblock_det", "lightning", "torch", "torchvision"]
@@ -59,20 +59,23 @@ LEAST = {
 }
 
 
-class DetectionCLI(LightningCLI):
+class TrainCLI(LightningCLI):
     """``tools/train.py``: settings from YAML files and the command line, all results under ``--output``.
 
     Args:
+        task: The task's name: its module's settings are ``--model.*``.
         stack: Releases the run's folder when it ends.
         **arguments: LightningCLI's.
     """
 
-    def __init__(self, stack: contextlib.ExitStack, **arguments: Any) -> None:
+    def __init__(self, task: str, stack: contextlib.ExitStack, **arguments: Any) -> None:
         self.stack = stack
-        super().__init__(DetectionModule, CocoDataModule, **arguments)
+        self.module, self.data = task_classes(task)
+        super().__init__(self.module, self.data, **arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``--output`` and ``--regularize.*``, and lets the data say which categories there are."""
+        """Adds ``--task``, ``--output`` and ``--regularize.*``, and lets the data say what they are."""
+        parser.add_argument("--task", type=Task, default="detection", help="What is trained.")
         parser.add_argument("--output", type=str, default="runs/quickstart", help="The run's folder.")
         parser.add_argument(
             "--resume",
@@ -82,7 +85,9 @@ class DetectionCLI(LightningCLI):
         )
         parser.add_lightning_class_args(Regularize, "regularize")
         parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("data.categories", "model.categories", apply_on="instantiate")
+        for known in ("categories", "image_shape"):
+            if known in inspect.signature(self.module).parameters:
+                parser.link_arguments(f"data.{known}", f"model.{known}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses and checks; a fault is one line."""
@@ -94,7 +99,7 @@ class DetectionCLI(LightningCLI):
                     f"{denied[1]}: not imported; a class must be one of {', '.join(PACKAGES)}"
                 ) from None
             raise
-        check_settings(resolved_config(parser, self.config))
+        check_settings(resolved_config(parser, self.config), self.module, self.data)
 
     @property
     def output(self) -> Path:
@@ -143,8 +148,13 @@ def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, A
     return resolved
 
 
-def check_settings(config: dict[str, Any]) -> None:
+def check_settings(config: dict[str, Any], module: type, data: type) -> None:
     """Checks what types alone don't: ranges, and that there is something where a run needs it.
+
+    Args:
+        config: Resolved.
+        module: The task's.
+        data: The task's, where the config names no class.
 
     Raises:
         InputError: Names the setting.
@@ -174,8 +184,8 @@ def check_settings(config: dict[str, Any]) -> None:
     # A regularizer of one's own is a class with arguments: it is checked when it is built.
     regularize = {name: value for name, value in config["regularize"].items() if name != "regularizer"}
     checked_arguments(Regularize, regularize, "regularize.")
-    checked_arguments(*_class_and_arguments(config["model"], DetectionModule), "model.")
-    checked_arguments(*_class_and_arguments(config["data"], CocoDataModule), "data.")
+    checked_arguments(*_class_and_arguments(config["model"], module), "model.")
+    checked_arguments(*_class_and_arguments(config["data"], data), "data.")
 
 
 def _run_folder(output: Path, seed_everything: Seed) -> None:
@@ -189,8 +199,8 @@ def _class_and_arguments(setting: dict[str, Any], default: type) -> tuple[type, 
     return getattr(importlib.import_module(module), name), setting.get("init_args", {})
 
 
-def spelled_out(args: Sequence[str], default_config: Path) -> list[str]:
-    """Returns the arguments with a ``--config``, and without the shorter ways to say things.
+def spelled_out(args: Sequence[str], default_config: Path) -> tuple[str, list[str]]:
+    """Returns the task, and the arguments with a ``--config`` and without the shorter ways to say things.
 
     ``--resume FOLDER`` stands for the folder's own settings and the folder as ``--output``.
 
@@ -202,23 +212,26 @@ def spelled_out(args: Sequence[str], default_config: Path) -> list[str]:
     looked_at = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     looked_at.add_argument("-c", "--config", action="append", type=Path, default=[])
     looked_at.add_argument("--output", type=Path)
+    looked_at.add_argument("--task")
     try:
         given, rest = parser.parse_known_args(args)
         seen, _ = looked_at.parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise InputError(f"{error}; --help lists the settings") from None
-    for config in seen.config:
-        read_yaml(config)
+    configs = [read_yaml(path) for path in seen.config or [default_config]]
+    if given.resume is not None:
+        configs = [read_config(given.resume), *(configs if seen.config else [])]
+    named = [config["task"] for config in configs if "task" in config]
+    task = seen.task or (named[-1] if named else "detection")
     rest = ["=".join([SHORT.get(name, name), *value]) for name, *value in (arg.split("=", 1) for arg in rest)]
     if given.resume is None:
-        return rest if seen.config else [f"--config={default_config}", *rest]
-    read_config(given.resume)
+        return task, rest if seen.config else [f"--config={default_config}", *rest]
     if seen.output not in (None, given.resume):
         raise InputError(
             f"--output {seen.output}: --resume goes on in {given.resume} itself; leave --output out, "
             "or copy the folder and resume the copy"
         )
-    return [f"--config={given.resume}/{CONFIG_NAME}", *rest, f"--output={given.resume}"]
+    return task, [f"--config={given.resume}/{CONFIG_NAME}", *rest, f"--output={given.resume}"]
 
 
 @refusals()
@@ -231,17 +244,19 @@ def train(default_config: Path, args: Sequence[str] | None = None) -> None:
     """
     end_with_launcher()
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=PACKAGES)
+    task, args = spelled_out(sys.argv[1:] if args is None else args, default_config)
     with contextlib.ExitStack() as stack:
-        cli = DetectionCLI(
+        cli = TrainCLI(
+            task,
             stack,
-            args=spelled_out(sys.argv[1:] if args is None else args, default_config),
+            args=args,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False, "description": "Trains a detector; see configs/."},
+            parser_kwargs={"exit_on_error": False, "description": "Trains a model; see configs/."},
             run=False,
         )
         check_launcher(cli.trainer)

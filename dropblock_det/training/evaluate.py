@@ -9,12 +9,12 @@ from rich.table import Column, Table
 
 from dropblock_det.arguments import Count, checked_arguments
 from dropblock_det.commands import PlainConsole
-from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.files import check_replaceable, write_json
 from dropblock_det.runs.checkpoints import load_checkpoint
-from dropblock_det.tasks.detection.module import DetectionModule
+from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.launch import refusals
+from dropblock_det.training.tasks import task_classes
 
 
 @refusals()
@@ -32,10 +32,10 @@ def evaluate(
 
     Args:
         checkpoint: A .ckpt file that tools/train.py wrote.
-        data: COCO folder; by default that of the training.
-        images: Image folder below it; by default as in the training.
-        annotations: Annotation file below it; by default likewise.
-        results: Write the detections here, as COCO results JSON.
+        data: Folder of the data set; by default that of the training.
+        images: Detection: image folder below it; by default as in the training.
+        annotations: Detection: annotation file below it; by default likewise.
+        results: Write the predictions here: detections as COCO results JSON.
         batch_size: Images per batch; by default as in the training.
         accelerator: auto, cpu, gpu, ...
         devices: How many of them.
@@ -50,17 +50,18 @@ def evaluate(
     content = load_checkpoint(checkpoint)
     given: dict[str, Any] = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
     given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
-    trained_on = checked_arguments(CocoDataModule, content["validation_data"], f"{checkpoint}: ")
-    datamodule = CocoDataModule(**{**trained_on, **given}, num_workers=0)
+    module_class, data_class = task_classes(content.get("task", "detection"))  # older versions had one
+    trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
+    datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
     if results is not None:
-        check_replaceable(results, checkpoint, datamodule.val_annotations)
-    known, found = content["hyper_parameters"]["categories"], datamodule.val_dataset.categories
+        check_replaceable(results, checkpoint, *datamodule.val_files)
+    known, found = content["hyper_parameters"]["categories"], datamodule.val_categories
     if found != known:
         raise InputError(
-            f"{checkpoint}: trained on {_categories(known)}, but {datamodule.val_annotations} has "
+            f"{checkpoint}: trained on {_categories(known)}, but {datamodule.root} has "
             f"{_categories(found)}; give --data with the categories of the training"
         )
-    module = _module(content, checkpoint)
+    module = _module(content, checkpoint, module_class)
     trainer = Trainer(
         logger=False,
         callbacks=[RichProgressBar()],
@@ -81,10 +82,10 @@ def evaluate(
     return values
 
 
-def _module(content: dict[str, Any], checkpoint: Path) -> DetectionModule:
-    checked_arguments(DetectionModule, content["hyper_parameters"], f"{checkpoint}: ")
+def _module(content: dict[str, Any], checkpoint: Path, kind: type[TaskModule]) -> TaskModule:
+    checked_arguments(kind, content["hyper_parameters"], f"{checkpoint}: ")
     try:
-        module = DetectionModule.from_checkpoint(content)
+        module = kind.from_checkpoint(content)
     except (RuntimeError, TypeError) as error:  # load_state_dict names keys and shapes, a call its arguments
         raise InputError(
             f"{checkpoint}: its weights do not fit the model ({' '.join(str(error).split())[:200]})"

@@ -1,0 +1,145 @@
+"""The classification task through the same commands as detection."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.tiny_run import ROOT
+
+from dropblock_det.errors import InputError
+from dropblock_det.runs.record import read_record
+from dropblock_det.tasks.classification.module import ClassificationModule
+from dropblock_det.training import cli
+from dropblock_det.training.evaluate import evaluate
+
+CONFIG = ROOT / "configs" / "classification" / "cifar10_small_cnn.yaml"
+CATEGORIES = [{"label": n, "id": n, "name": name} for n, name in enumerate(("dark", "bright"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two classes that differ in brightness: 24 images for training, 10 for testing."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, count in {"train": 12, "test": 5}.items():
+        for name, level in (("bright", 200), ("dark", 40)):
+            place = root / part / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(level - 40, level + 40, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    return root
+
+
+def arguments(folder, output, *more):
+    return [
+        *(f"--config={CONFIG}", f"--output={output}", f"--data.root={folder}", "--data.source=folder"),
+        *("--data.batch_size=8", "--trainer.max_epochs=3", "--trainer.accelerator=cpu"),
+        *("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1", "--model.warmup_steps=2"),
+        *("--trainer.enable_model_summary=false", "--regularize.regularizer=dropblock", "--regularize.p=0.2"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "one"
+    cli.train(CONFIG, arguments(folder, output))
+    return output
+
+
+def test_the_record_has_the_task_s_metrics(run):
+    record = read_record(run)
+    assert record is not None
+    assert (record.task, record.headline, record.status) == ("classification", "accuracy", "finished")
+    assert [metric.name for metric in record.metrics] == ["loss", "val_loss", "accuracy"]
+    assert len(record.epochs) == 3
+    assert all(0 <= epoch["accuracy"] <= 1 and epoch["loss"] > 0 for epoch in record.epochs)
+    assert record.drop_share["realised"] > 0
+    assert {sample.kind for sample in record.samples} == {"label"}
+    assert len(record.samples) == 8
+    assert all(Path(sample.file).is_file() for sample in record.samples)
+    for picture in ("curves.png", "samples.png"):
+        assert Image.open(run / picture).size[0] > 100
+
+
+def test_evaluating_the_checkpoint_gives_the_same_values_and_each_class_s(run, tmp_path):
+    values = evaluate(run / "checkpoints" / "best.ckpt", results=tmp_path / "results.json", accelerator="cpu")
+    best = read_record(run).best("accuracy")
+    assert values["accuracy"] == best["accuracy"]
+    assert values["val_loss"] == pytest.approx(best["val_loss"], rel=1e-6)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(row["image_id"] for row in rows) == list(range(10))
+    for label, name in enumerate(("bright", "dark")):
+        own = [row["predicted"] == label for row in rows if row["label"] == label]
+        assert values[f"accuracy/{name}"] == pytest.approx(sum(own) / len(own))
+    right = sum(row["predicted"] == row["label"] for row in rows) / len(rows)
+    assert values["accuracy"] == pytest.approx(right)
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_bits(run, folder, tmp_path, monkeypatch):
+    output, whole_epoch = tmp_path / "stopped", ClassificationModule.on_train_epoch_start
+
+    def dies(self):
+        if self.current_epoch == 2:
+            raise KeyError("killed")
+
+    monkeypatch.setattr(ClassificationModule, "on_train_epoch_start", dies)
+    with pytest.raises(KeyError, match="killed"):
+        cli.train(CONFIG, arguments(folder, output))
+    monkeypatch.setattr(ClassificationModule, "on_train_epoch_start", whole_epoch)
+    cli.train(CONFIG, ["--resume", str(output)])
+    straight, resumed = (read_record(path).epochs for path in (run, output))
+    for mine, other in zip(resumed, straight, strict=True):
+        for name in ("loss", "val_loss", "accuracy", "p", "drop_share"):
+            assert mine[name] == other[name]
+
+
+def test_label_smoothing_is_in_the_loss_and_not_in_val_loss():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    batch = (images, torch.tensor([0, 1, 1, 0]), [0, 1, 2, 3])
+    losses, val_losses = {}, {}
+    for smoothing in (0.0, 0.1):
+        torch.manual_seed(1)
+        module = ClassificationModule(CATEGORIES, (3, 16, 16), label_smoothing=smoothing)
+        losses[smoothing] = module.losses(batch)["cross_entropy"]
+        val_losses[smoothing] = module.eval().losses_and_predictions(batch)[0]["cross_entropy"]
+    assert val_losses[0.0] == val_losses[0.1]
+    torch.manual_seed(1)
+    module = ClassificationModule(CATEGORIES, (3, 16, 16))
+    log_p = module(images).log_softmax(1)
+    own = log_p[range(4), batch[1]]
+    assert torch.allclose(losses[0.0], -own.mean())
+    assert torch.allclose(losses[0.1], -(0.9 * own + 0.1 * log_p.mean(1)).mean(), atol=1e-6)
+
+
+def test_gray_images_come_to_torchvision_s_classifiers_three_times_over():
+    module = ClassificationModule(CATEGORIES, (1, 32, 32), name="resnet18").eval()
+    gray = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    assert torch.equal(module(gray), module(gray.repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--task=segmentation"], "task: got 'segmentation', give one of detection, classification"),
+        (["--model.label_smoothing=1.5"], "model.label_smoothing: got 1.5"),
+        (["--model.name=lenet"], "model.name: no classifier 'lenet'"),
+        (["--model.anchor_sizes=[1]"], "anchor_sizes"),
+        (["--data.source=imagenet"], "imagenet"),
+        (["--data.root=/no/such"], "/no/such: no folder data set"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(folder, tmp_path, more, message):
+    with pytest.raises(InputError, match=message) as caught:
+        cli.train(CONFIG, arguments(folder, tmp_path / "run", *more))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_task_s_folder_is_not_resumed(run, folder):
+    with pytest.raises(InputError, match=r"data.*not correspond to a subclass of CocoDataModule"):
+        cli.train(CONFIG, ["--resume", str(run), "--task", "detection"])

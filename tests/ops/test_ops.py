@@ -24,9 +24,9 @@ def path(request, monkeypatch):
     if request.param == "cuda":
         from dropblock_det.ops import cuda
 
-        monkeypatch.setattr(
-            cuda, "WORDS", 1 << 13
-        )  # the interpreter's time goes by programs, not by elements
+        # The interpreter's time goes by programs, not by elements.
+        monkeypatch.setattr(cuda, "TILES", (1 << 13, 1 << 13))
+        monkeypatch.setattr(cuda, "PIXELS", 1 << 10)
     return request.param
 
 

@@ -87,7 +87,8 @@ def build_report(comparison: Comparison, last: int = 1) -> Report:
         comparison: the records.
         last: the last epochs that are averaged.
     """
-    found = columns(comparison.metrics, last)
+    headline_first = sorted(comparison.metrics, key=lambda metric: metric.name != comparison.headline)
+    found = columns(headline_first, last)
     results, evidence = setting_results(comparison, found)
     compared = [name for name, column in found.items() if column.metric.compared]
     compared.sort(key=lambda name: (name != comparison.headline, found[name].epoch != "last"))

@@ -1,7 +1,7 @@
 """Did it help? Trains a config under every setting of a folder with several seeds, and shows the answer.
 
     compare.py run CONFIG [--runs RUNS] [--seeds 0 1 2] [--devices 0 1] [-- TRAINING ARGUMENTS]
-    compare.py report RUNS [--output FOLDER]
+    compare.py report RUNS [--output FOLDER] [--last 3]
 
 Stop it whenever you like: started again, it skips what is finished and goes on with the rest. On a cluster,
 submit `compare.py run CONFIG --runs RUNS --seeds 0 1 2 --only SETTING --seed S` as single jobs with one
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from dropblock_det.arguments import Seed
+from dropblock_det.arguments import Count, Seed
 from dropblock_det.commands import PlainConsole, command
 from dropblock_det.comparison.gather import gather
 from dropblock_det.comparison.plan import find_settings, make_plan, record_plan, run_folder
@@ -126,16 +126,17 @@ def print_result(run: Run, record: Record) -> None:
         console.print(Text("failed", "red"), f"{run}\n  {record.reason}")
 
 
-def report(runs: Path, output: Path | None = None) -> None:
+def report(runs: Path, output: Path | None = None, last: Count = 1) -> None:
     """Rebuilds the report from the records alone.
 
     Args:
         runs: The comparison's folder.
         output: Where to write it (default: RUNS/report).
+        last: How many of the last epochs to average: steadier than the very last.
     """
     output = output or runs / "report"
     with disk_errors(output):
-        result = write_report(runs, output)
+        result = write_report(runs, output, last)
     names = result.leading[:4]  # more don't fit a terminal; the report has all
     metrics = [result.columns[name].metric for name in names]
     table = Table(Column("setting", no_wrap=True), "seeds", *(metric.title for metric in metrics))
@@ -145,6 +146,8 @@ def report(runs: Path, output: Path | None = None) -> None:
     console.print(table)
     for name in names[:2]:
         console.print(result.answers[name])
+    if result.headline in result.power:
+        console.print(result.power[result.headline])
     for absent in result.absent:
         line = f"{absent.status}: {absent.setting} seed {absent.seed}: {absent.reason}"
         console.print(line, style="red")

@@ -10,12 +10,16 @@ import jinja2
 from markupsafe import Markup
 
 from dropblock_det.comparison.gather import REFERENCE, Comparison, gather
+from dropblock_det.comparison.plan import run_folder
 from dropblock_det.files import write_figure, write_json, write_text
 from dropblock_det.report.columns import BEST_GAP, GAP, LOSS, VAL_LOSS
 from dropblock_det.report.figure import report_figure
+from dropblock_det.report.resampling import other_images
 from dropblock_det.report.results import SettingResult
 from dropblock_det.report.tables import Report, build_report, to_csv, to_markdown
 from dropblock_det.report.words import in_seeds, interval, number, verdict
+from dropblock_det.runs.outcomes import read_outcomes
+from dropblock_det.tasks.evaluation import Outcomes
 
 SCRIPTS = ("base", "answer", "curves", "gaps", "samples", "start")
 
@@ -35,7 +39,9 @@ def write_report(root: Path, output: Path, last: int = 1) -> Report:
         InputError: ``root`` is not a comparison's folder, or a record is damaged.
     """
     comparison = gather(root)
-    report = build_report(comparison, last)
+    # What the runs left is of their very last epoch.
+    images = other_images(_outcomes(comparison)) if last == 1 else None
+    report = build_report(comparison, last, images)
     write_text(output / "report.html", render_page(comparison, report))
     write_text(output / "report.md", to_markdown(report) + "\n![curves and differences](report.png)\n")
     write_figure(output / "report.png", report_figure(comparison, report))
@@ -43,6 +49,16 @@ def write_report(root: Path, output: Path, last: int = 1) -> Report:
     records = [asdict(record) | {"samples": ()} for record in comparison.records]
     write_json(output / "report.json", report.to_dict() | {"records": records})
     return report
+
+
+def _outcomes(comparison: Comparison) -> dict[str, dict[int, Outcomes]]:
+    """Of the runs that left theirs, by setting and seed."""
+    found: dict[str, dict[int, Outcomes]] = {}
+    for record in comparison.records:
+        folder = run_folder(comparison.root, record.setting, record.seed)
+        if (outcomes := read_outcomes(folder)) is not None:
+            found.setdefault(record.setting, {})[record.seed] = outcomes
+    return found
 
 
 def render_page(comparison: Comparison, report: Report) -> str:
@@ -64,6 +80,8 @@ def render_page(comparison: Comparison, report: Report) -> str:
         total=len(comparison.settings) * len(comparison.seeds),
         lead=_lead(comparison, report),
         first_answer=next(iter(report.answers.values()), "No run is finished yet."),
+        others=[result.setting for result in report.results if result.setting != REFERENCE],
+        image_interval=lambda found: interval(report.columns[report.headline].metric, found),
         first_power=next(iter(report.power.values()), ""),
         last=report.last_epochs,
         headings=[
@@ -157,6 +175,8 @@ def _data(comparison: Comparison, report: Report) -> dict[str, Any]:
         "answers": report.answers,
         "power": report.power,
         "pairing": report.pairing,
+        "images_words": {name: report.on_other_images(name) for name in report.answers},
+        "other_images": asdict(report.images)["metrics"] if report.images else {},
         "columns": {
             name: asdict(column.metric) | {"epoch": column.epoch} for name, column in report.columns.items()
         },

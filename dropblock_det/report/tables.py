@@ -8,14 +8,16 @@ from typing import Any
 
 from dropblock_det.comparison.gather import REFERENCE, Absent, Comparison
 from dropblock_det.report.columns import Column, columns
+from dropblock_det.report.notes import notes
+from dropblock_det.report.resampling import OtherImages
 from dropblock_det.report.results import SettingResult, setting_results
 from dropblock_det.report.words import (
     answer,
     in_seeds,
     interval,
     markdown,
-    notes,
     number,
+    on_other_images,
     pairing,
     power,
     verdict,
@@ -37,6 +39,7 @@ class Report:
         answers: one honest sentence for each compared column, the headline's first.
         power: for each of them, what the comparison could have shown.
         pairing: for each of them, whether pairing by seed helps.
+        images: what resampling the validation images says, if the runs left what it takes.
         notes: what must be said with the numbers.
         last: the last epochs that are averaged.
     """
@@ -50,6 +53,7 @@ class Report:
     answers: dict[str, str]
     power: dict[str, str]
     pairing: dict[str, str]
+    images: OtherImages | None
     notes: tuple[str, ...]
     last: int = 1
 
@@ -64,6 +68,11 @@ class Report:
         judged = [n for n, c in self.columns.items() if c.epoch == "last" and c.metric.better is not None]
         return sorted(judged, key=lambda name: name != self.headline)
 
+    def on_other_images(self, name: str) -> str:
+        """A sentence on a column; empty where nothing was resampled."""
+        known = self.images is not None and name in self.images.metrics
+        return on_other_images(self.columns[name].metric, self.images) if known and self.images else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
@@ -76,16 +85,18 @@ class Report:
             "answers": self.answers,
             "power": self.power,
             "pairing": self.pairing,
+            "images": self.images,
             "notes": self.notes,
         }
 
 
-def build_report(comparison: Comparison, last: int = 1) -> Report:
+def build_report(comparison: Comparison, last: int = 1, images: OtherImages | None = None) -> Report:
     """Everything that the page, the Markdown, the CSV and the JSON show.
 
     Args:
         comparison: the records.
         last: the last epochs that are averaged.
+        images: what resampling the validation images says.
     """
     headline_first = sorted(comparison.metrics, key=lambda metric: metric.name != comparison.headline)
     found = columns(headline_first, last)
@@ -102,6 +113,7 @@ def build_report(comparison: Comparison, last: int = 1) -> Report:
         {name: answer(found[name].metric, results) for name in compared},
         {n: power(found[n].metric, evidence[n], evidence[n].seeds) for n in compared if n in evidence},
         {n: pairing(found[n].metric, evidence[n]) for n in compared if n in evidence},
+        images,
         tuple(notes(comparison, found, evidence)),
         last,
     )
@@ -121,6 +133,8 @@ def to_markdown(report: Report) -> str:
     lines += [f"- {markdown(report.answers[name])}" for name in report.leading]
     lines += ["", "What this comparison could have shown:", ""]
     lines += [f"- {markdown(report.power[name])}" for name in report.leading if name in report.power]
+    if said := [text for name in report.leading if (text := report.on_other_images(name))]:
+        lines += ["", *(f"- {markdown(text)}" for text in said)]
     lines += ["", "## Mean ± standard deviation over seeds", ""]
     lines += _table(
         ["setting", "seeds", *(metric.title for metric in metrics)],
@@ -145,6 +159,7 @@ def to_markdown(report: Report) -> str:
             if result.setting != REFERENCE
         ],
     )
+    lines += _categories(report)
     if report.absent:
         lines += ["", "## Runs without a result", ""]
         rows = [[absent.setting, str(absent.seed), absent.status, absent.reason] for absent in report.absent]
@@ -152,6 +167,19 @@ def to_markdown(report: Report) -> str:
     lines += ["", "## How to read it", "", *(f"- {markdown(note)}" for note in report.notes)]
     lines += ["", *(f"- **{markdown(metric.title)}**: {markdown(metric.meaning)}" for metric in metrics), ""]
     return "\n".join(lines)
+
+
+def _categories(report: Report) -> list[str]:
+    if report.images is None or not report.images.categories:
+        return []
+    metric = report.columns[report.headline].metric
+    settings = [result.setting for result in report.results if result.setting != REFERENCE]
+    title = f"## {markdown(metric.title)} by category: difference from {REFERENCE}, 95 % interval over images"
+    rows = []
+    for name, found in report.images.categories.items():
+        differences = (interval(metric, found[s]) if s in found else "-" for s in settings)
+        rows.append([name, str(report.images.objects[name]), *differences])
+    return ["", title, "", *_table(["category", "objects", *settings], rows)]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -164,7 +192,7 @@ def to_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header = ["seeds", "mean", "sd", "pairs", "above", "difference", "low", "high", "own_low", "own_high"]
-    header += ["pooled", "verdict"]
+    header += ["pooled", "verdict", "images_low", "images_high"]
     writer.writerow(["setting", "column", *header])
     for result in report.results:
         for name, cell in result.cells.items():
@@ -174,5 +202,6 @@ def to_csv(report: Report) -> str:
             else:
                 said = verdict(report.columns[name].metric, d)
                 line += [d.pairs, d.above, d.mean, d.low, d.high, *(d.own or (None, None)), d.pooled, said]
-            writer.writerow(line)
+            images = report.images.metrics.get(name, {}).get(result.setting) if report.images else None
+            writer.writerow([*line, *((images.low, images.high) if images else (None, None))])
     return out.getvalue()

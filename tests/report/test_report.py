@@ -12,14 +12,17 @@ from support.label_runs import label_runs
 from support.synthetic_runs import SETTINGS, invented_runs, write_plan
 
 from dropblock_det.comparison.gather import Absent, gather
+from dropblock_det.comparison.plan import run_folder
 from dropblock_det.files import write_figure
 from dropblock_det.report.figure import report_figure
-from dropblock_det.report.page import render_page
+from dropblock_det.report.page import render_page, write_report
 from dropblock_det.report.power import detectable_difference, seeds_for_half
 from dropblock_det.report.results import Evidence
 from dropblock_det.report.statistics import Difference, analyse
 from dropblock_det.report.tables import build_report, to_csv, to_markdown
 from dropblock_det.report.words import in_seeds, interval, pairing, verdict
+from dropblock_det.runs.outcomes import write_outcomes
+from dropblock_det.tasks.evaluation import Outcomes
 from dropblock_det.tasks.metric import Metric
 
 QUALITY = Metric("quality", "quality", "higher")
@@ -184,7 +187,7 @@ def test_seeds_that_are_no_seeds_are_named(tmp_path):
     comparison, _ = report_of(tmp_path, settings=("none", "dropout"))
     records = [replace(r, init_hash="same") if r.setting == "dropout" else r for r in comparison.records]
     notes = build_report(replace(comparison, records=tuple(records))).notes
-    assert any("seeds 0, 1, 2 of dropout started from the same weights" in note for note in notes)
+    assert any("seeds 0, 1, 2 of dropout started from the same weights." in note for note in notes)
 
 
 def test_a_subset_for_each_seed_is_said(tmp_path):
@@ -220,7 +223,7 @@ def test_csv_holds_the_unrounded_numbers(tmp_path):
 def test_another_task_brings_its_own_columns(tmp_path):
     comparison = gather(label_runs(tmp_path, effects={"dropout_0.25": 0.1}))
     report = build_report(comparison)
-    assert [*report.columns][:4] == ["loss", "val_loss", "accuracy", "gap"]
+    assert [*report.columns][:4] == ["accuracy", "loss", "val_loss", "gap"]
     assert report.leading == ["accuracy", "val_loss"]
     text = to_markdown(report)
     assert (
@@ -228,6 +231,65 @@ def test_another_task_brings_its_own_columns(tmp_path):
     )  # only what needs it is escaped
     assert "- accuracy, %: higher than none (better): dropout_0.25 +10." in text
     assert "mAP" not in text + render_page(comparison, report)
+
+
+def invented_outcomes(skill, seed, images=60):
+    """One category with an object on every image, found with a chance of ``skill``, and clutter."""
+    noise, shared = np.random.default_rng(seed), np.random.default_rng(9).random(images)
+    hit = np.repeat((shared < skill)[:, None], 10, axis=1)
+    rows = np.arange(2 * images, dtype=np.int32)
+    return Outcomes(
+        columns={"mAP": tuple(range(10)), "AP50": (0,)},
+        images=np.arange(images, dtype=np.int64),
+        categories=("<b>ship</b>",),
+        truths=np.ones((images, 1), np.int32),
+        image=rows // 2,
+        category=np.zeros(2 * images, np.int32),
+        score=noise.random(2 * images).astype(np.float32),
+        hit=np.stack([hit, np.zeros_like(hit)], axis=1).reshape(2 * images, 10),
+        ignored=np.zeros((2 * images, 10), bool),
+    )
+
+
+def with_outcomes(folder, settings=("none", "dropout", "spatial_dropout")):
+    root = invented_runs(folder, settings=settings)
+    for setting in settings:
+        for seed in (0, 1, 2):
+            skill = 0.9 if setting == "dropout" else 0.5
+            write_outcomes(run_folder(root, setting, seed), invented_outcomes(skill, seed))
+    return root
+
+
+def test_other_images_are_spoken_of_where_the_runs_left_what_it_takes(tmp_path):
+    write_report(with_outcomes(tmp_path / "runs"), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "mAP on other images (these models, 60 images resampled): differs from none there, too: dropout +"
+        in text
+    )
+    assert "1 of 2 differences might be 0 or turn there" in text
+    assert "\\<b\\>ship\\</b\\> | 60 | +" in text
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>&lt;b&gt;ship&lt;/b&gt;</td><td>60</td>" in page
+    line = next(
+        x for x in csv.DictReader((tmp_path / "report.csv").open()) if x["column"] == "AP50" and x["low"]
+    )
+    assert float(line["images_low"]) > 0
+    found = json.loads((tmp_path / "report.json").read_text())["images"]["metrics"]["mAP"]["dropout"]
+    assert found["low"] < found["mean"] < found["high"]
+
+
+def test_the_mean_of_several_epochs_says_nothing_of_other_images(tmp_path):
+    report = write_report(with_outcomes(tmp_path / "runs"), tmp_path, last=3)
+    assert report.images is None  # what the runs left is of their very last epoch
+    assert "mean of the last 3 epochs" in (tmp_path / "report.md").read_text()
+
+
+def test_late_seeds_and_subsets_that_do_not_vary_are_named(tmp_path):
+    comparison, _ = report_of(tmp_path, settings=("none", "dropout"))
+    careful = build_report(replace(comparison, late_seeds=(1, 2), vary_subset=True)).notes
+    assert any(note.startswith("Careful: seeds 1, 2 were added when there were results") for note in careful)
+    assert any("was to draw its own training subset, but all have the same data" in note for note in careful)
 
 
 OUTSIDE = "<b>x</b>\n# [a](http://evil.example) `$\\frac{$` [/b] | *y*"

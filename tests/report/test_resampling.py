@@ -142,6 +142,7 @@ def test_what_cannot_be_compared_is_not():
     assert other_images({"none": {0: some}, "x": {1: some}}, 10).metrics["mAP"] == {}
 
 
+@pytest.mark.slow
 def test_the_interval_covers_what_other_images_would_say():
     """150 validations of 60 images each: 95 %, less 3 standard errors and the 2 % that a bootstrap lacks."""
     ids = range(1, 61)

@@ -16,9 +16,13 @@ function drawForest() {
   $("answer-text").textContent = data.answers[name];
   $("power-text").textContent = data.power[name] ?? "";
   $("pairing-text").textContent = data.pairing[name] ?? "";
+  $("images-text").textContent = data.images_words[name];
+  $("images-text").hidden = $("images-hint").hidden = !data.images_words[name];
   const rows = others.map(setting => ({ setting, d: resultOf.get(setting).cells[name].difference,
-    words: resultOf.get(setting).words[name], seeds: seedDifferences(setting, name) }));
-  const ends = rows.flatMap(r => r.d ? [r.d.low ?? r.d.mean, r.d.high ?? r.d.mean, ...r.seeds] : []).concat(0);
+    words: resultOf.get(setting).words[name], seeds: seedDifferences(setting, name),
+    images: data.other_images[name]?.[setting] }));
+  const ends = rows.flatMap(r => r.d ? [r.d.low ?? r.d.mean, r.d.high ?? r.d.mean, ...r.seeds,
+    ...(r.images ? [r.images.low, r.images.high] : [])] : []).concat(0);
   const width = Math.max(280, box.clientWidth), narrow = width < 640;
   const longest = Math.max(...others.map(s => s.length), 8);
   const left = narrow ? 8 : Math.min(230, 24 + 7.4 * longest), right = narrow ? 8 : 250;
@@ -33,7 +37,7 @@ function drawForest() {
     svg("line", { class: "grid", x1: x(t / scale), x2: x(t / scale), y1: 0, y2: height - 22 }),
     svg("text", { x: x(t / scale), y: height - 6, "text-anchor": "middle" }, tickText(t, marks)));
   chart.append(svg("line", { class: "axis", x1: x(0), x2: x(0), y1: 0, y2: height - 22 }));
-  rows.forEach(({ setting, d, words, seeds }, i) => {
+  rows.forEach(({ setting, d, words, seeds, images }, i) => {
     const y = i * step + (narrow ? 34 : 18), stroke = `stroke:${colour(setting)}`;
     const label = narrow && setting.length > 21 ? setting.slice(0, 20) + "…" : setting;
     chart.append(
@@ -47,6 +51,8 @@ function drawForest() {
       y1: y, y2: y, style: stroke, "stroke-width": 1.2, opacity: .55 })); // far wider with two seeds: cut off
     if (d.low !== null) chart.append(svg("line", { x1: x(d.low), x2: x(d.high), y1: y, y2: y, style: stroke,
       "stroke-width": 3.5, "stroke-linecap": "round" }));
+    if (images) chart.append(svg("line", { x1: x(images.low), x2: x(images.high), y1: y + 10, y2: y + 10,
+      style: stroke, "stroke-width": 2, "stroke-dasharray": "1.5 3" }));
     for (const s of seeds)
       chart.append(svg("line", { x1: x(s), x2: x(s), y1: y - 5, y2: y + 5, style: stroke, "stroke-width": 1.5 }));
     chart.append(svg("circle", { cx: x(d.mean), cy: y, r: 6, "stroke-width": 2.5,
@@ -59,8 +65,9 @@ function drawForest() {
 /** What stands behind the picture, in numbers. */
 function drawDetails(rows, { scale, digits }) {
   const ends = pair => pair && pair[0] !== null ? pair.map(v => signed(v * scale, digits)).join(" to ") : "–";
-  $("details").replaceChildren(...rows.map(({ setting, d, words }) => {
-    const cells = d ? [signed(d.mean * scale, digits), ends([d.low, d.high]), ends(d.own), words.seeds] : [];
+  $("details").replaceChildren(...rows.map(({ setting, d, words, images }) => {
+    const cells = d ? [signed(d.mean * scale, digits), ends([d.low, d.high]), ends(d.own),
+      ends(images && [images.low, images.high]), words.seeds] : [];
     return html("tr", {}, html("td", {}, setting), ...cells.map(text => html("td", {}, text)));
   }));
 }

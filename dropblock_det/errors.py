@@ -48,9 +48,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def run_tool(main: Callable[[], object]) -> None:
     """Runs a command-line tool's ``main``, its imports included, and ends the process as the shell expects.
 
-    Exit status 2 and one ``error:`` line on stderr for an :class:`InputError` and for what the disk or the
-    network refuse, 130 after Ctrl-C, 141 when the reader of a pipe has left. Anything else is a fault of
-    ours and keeps its traceback.
+    Exit status 2 and one ``error:`` line on stderr for an :class:`InputError`, for what the disk or the
+    network refuse and for packages that are not installed; 130 after Ctrl-C, 141 when the reader of a pipe
+    has left. Anything else is a fault of ours and keeps its traceback.
     """
     try:
         try:
@@ -65,6 +65,10 @@ def run_tool(main: Callable[[], object]) -> None:
         _end(141, "")
     except OSError as error:
         _end(2, f"error: {refusal(error)}")
+    except ModuleNotFoundError as error:
+        if (error.name or "dropblock_det").startswith("dropblock_det"):
+            raise
+        _end(2, f'error: {error.name} is not installed; pip install "dropblock_det[train]" has all of it')
 
 
 def _end(status: int, line: str) -> None:

@@ -107,6 +107,15 @@ def test_what_the_machine_refuses_is_one_line(error, line, line_of):
     assert line in line_of(main)
 
 
+def test_a_package_that_is_not_installed_is_one_line(line_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+
+    def main():
+        import lightning  # noqa: F401
+
+    assert 'lightning is not installed; pip install "dropblock_det[train]"' in line_of(main)
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_tool(lambda: 1 / 0)

@@ -22,6 +22,7 @@ from dropblock_det.tasks.metric import Metric
 RECORD_NAME = "record.json"
 MAX_BYTES = 2**28
 
+Whole = Annotated[int, Meta(ge=0, le=2**62)]
 Number = Annotated[int, Meta(ge=-(2**62), le=2**62)] | Annotated[float, Meta(ge=-1e100, le=1e100)]
 Epoch = dict[str, Number | None]
 """One epoch's values by name, ``epoch`` (from 0) and ``step`` among them; ``None``: not measured."""
@@ -63,10 +64,10 @@ class Record:
     seed: int = 0
     setting: str = ""
     config: dict[str, Any] = field(default_factory=dict)
-    images_per_s: float | None = None
-    peak_memory_bytes: int | None = None
-    drop_share: dict[str, float | None] | None = None
-    trainable_parameters: int | None = None
+    images_per_s: Number | None = None
+    peak_memory_bytes: Whole | None = None
+    drop_share: dict[str, Number | None] | None = None
+    trainable_parameters: Whole | None = None
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, str | int | None] = field(default_factory=dict)
     data_hash: str | None = None

@@ -39,8 +39,8 @@ class Sample:
 
     id: Annotated[str, Meta(pattern=r"^[\w-]{1,100}\Z")]
     kind: Literal["boxes", "label"]
-    width: Annotated[int, Meta(ge=1)]
-    height: Annotated[int, Meta(ge=1)]
+    width: Annotated[int, Meta(ge=1, lt=2**31)]
+    height: Annotated[int, Meta(ge=1, lt=2**31)]
     truth: tuple[Mark, ...] = ()
     predicted: tuple[Mark, ...] = ()
     file: str | None = None

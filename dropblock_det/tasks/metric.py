@@ -1,7 +1,9 @@
 """What a task measures: declared once, by the task; everything after it takes its columns from here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Metric:
     name: str
     title: str
     better: Literal["lower", "higher"] | None = None
-    digits: int = 4
-    scale: float = 1.0
+    digits: Annotated[int, Meta(ge=0, le=15)] = 4
+    scale: Annotated[float, Meta(ge=1e-15, le=1e15)] = 1.0
     meaning: str = ""
     compared: bool = True
     little: float | None = None

@@ -58,9 +58,9 @@ class _Wait:
         """Starts the clock for the next part."""
         self.deadline = time.monotonic() + self.seconds
 
-    def check(self) -> None:
+    def check(self, stop: bool) -> None:
         """Hangs up when the time is over, which ends the thread's reading; called by another thread."""
-        if time.monotonic() > self.deadline:
+        if stop or time.monotonic() > self.deadline:
             self.over = True
             if (open_one := self.socket()) is not None:
                 with contextlib.suppress(OSError):
@@ -140,10 +140,11 @@ class Connections:
     Args:
         count: How many are kept for each server.
         timeout: Seconds without anything after which a server counts as silent.
+        stop: When it is set, all that is under way ends within a second.
     """
 
-    def __init__(self, count: int, timeout: float) -> None:
-        self._timeout = timeout
+    def __init__(self, count: int, timeout: float, stop: threading.Event) -> None:
+        self._timeout, self._stop = timeout, stop
         self._options: dict[str, Any] = {"maxsize": count, "timeout": timeout, "retries": False}
         self._proxies = urllib.request.getproxies()
         self._managers: dict[str | None, urllib3.PoolManager] = {}
@@ -160,9 +161,9 @@ class Connections:
             manager.clear()
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._timeout / 10):
+        while not self._closed.wait(min(self._timeout / 10, 1)):
             for wait in self._waits.copy():
-                wait.check()
+                wait.check(self._stop.is_set())
 
     @contextlib.contextmanager
     def ask(self, url: str, headers: dict[str, str]) -> Iterator[Answer]:
@@ -216,7 +217,7 @@ class Connections:
                     f"{parts.scheme}_proxy: not the address of a proxy; set it to http://HOST:PORT"
                 ) from None
             manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-            self._managers[proxy] = manager
+            self._managers.setdefault(proxy, manager)
         return self._managers[proxy]
 
     def _proxy(self, proxy: str) -> urllib3.ProxyManager:

@@ -85,13 +85,13 @@ class Network:
 class Downloader:
     """Fetches until it has what it should; close it when done (a context manager).
 
-    ``stop`` may be set from any thread: waits end at once and no new attempt begins.
+    ``stop`` may be set from any thread: what is under way ends within a second, and no new attempt begins.
     """
 
     def __init__(self, network: Network) -> None:
         self.network = network
         self.stop = threading.Event()
-        self._connections = Connections(network.connections, network.timeout)
+        self._connections = Connections(network.connections, network.timeout, self.stop)
         self._hold_until = 0.0  # what one thread was told by Retry-After holds for all
 
     def __enter__(self) -> "Downloader":

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from support.coco_like import jpeg
@@ -29,7 +30,8 @@ from support.faulty_server import (
 from support.local_coco import ARCHIVE, OPTIONS, archive_of, network, tree
 
 from dropblock_det.coco_subset.choose import Options
-from dropblock_det.coco_subset.download import Network
+from dropblock_det.coco_subset.connections import FetchError
+from dropblock_det.coco_subset.download import Downloader, Network
 from dropblock_det.coco_subset.prepare import prepare
 from dropblock_det.errors import InputError
 
@@ -249,6 +251,17 @@ def test_a_certificate_that_is_wrong_is_not_tried_again(tmp_path, server):
     with pytest.raises(InputError, match=r"SSLError: .*certificate"):
         prepare(tmp_path / "coco", OPTIONS, network=net)
     assert len(accepted) == 1
+
+
+def test_what_waits_for_a_silent_server_can_be_stopped(server, image):
+    server.plan[image] = [stall_at_once] * 9
+    with Downloader(network(server, timeout=60.0)) as downloader:
+        Timer(0.5, downloader.stop.set).start()
+        began = time.monotonic()
+        with pytest.raises(FetchError):
+            downloader.fetch(server.url + image, lambda data: None)
+    assert time.monotonic() - began < 20  # Ctrl-C sets it; it would be 60
+    assert server.asked[image] == 1
 
 
 def test_nobody_there(tmp_path, server):

@@ -213,19 +213,3 @@ def coco_index(content: dict[str, Any]) -> "COCO":
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def is_number(value: Any, low: float = -1e9, high: float = 1e9) -> bool:
-    """Whether ``value`` is a real number in the range; NaN, infinity and booleans are not."""
-    return type(value) in (int, float) and low <= value <= high
-
-
-def box_fault(box: Any) -> str | None:
-    """Says what is wrong with an ``[x, y, width, height]`` box, if anything."""
-    if not isinstance(box, list) or len(box) != 4:
-        return f'has "bbox" {short(box)}; it must be [x, y, width, height]'
-    if not all(map(is_number, box)):
-        return f'has "bbox" {short(box)}; it must hold finite numbers of pixels'
-    if box[2] < 0 or box[3] < 0:
-        return f'has "bbox" {short(box)}; width and height can\'t be negative (is it [x1, y1, x2, y2]?)'
-    return None

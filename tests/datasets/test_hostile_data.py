@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dropblock_det.datasets.annotations import MAX_BOXES_PER_IMAGE, coco_index, load_annotations
+from dropblock_det.datasets.annotations import MAX_BOXES_PER_IMAGE
 from dropblock_det.datasets.coco_dataset import CocoDataset
 from dropblock_det.errors import InputError
-from dropblock_det.tasks.detection.coco_eval import coco_metrics, load_results
+from dropblock_det.tasks.detection.coco_eval import coco_metrics
 
 # --- The bytes of the annotations ---
 
@@ -204,52 +204,6 @@ def test_what_is_odd_but_right_is_read(content, write):
     assert dataset[2][0].shape == (3, 8, 8)
 
 
-# --- Results ---
-
-GOOD = {"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}
-RESULTS = {
-    "truncated": (b'[{"image_id": 7', "not valid JSON"),
-    "an instances file": (b'{"images": []}', "not a list"),
-    "deep nesting": (b"[" * 200_000, "nested too deeply"),
-    "a record is a list": ([[7, 2, 0.5]], "record 0 is"),
-    "unknown image": ([GOOD | {"image_id": 70}], '"image_id" 70'),
-    "image id is a string": ([GOOD | {"image_id": "7"}], "\"image_id\" '7'"),
-    "unknown category": ([GOOD, GOOD | {"category_id": 1}], 'record 1 has "category_id" 1'),
-    "category id is a list": ([GOOD | {"category_id": [2]}], '"category_id" [2]'),
-    "no score": ([{k: v for k, v in GOOD.items() if k != "score"}], '"score" None'),
-    "score NaN": ([GOOD | {"score": float("nan")}], '"score": '),
-    "score is a string": ([GOOD | {"score": "0.5"}], '"score"'),
-    "score 10^400": ([GOOD | {"score": 10**400}], '"score"'),
-    "no box": ([{k: v for k, v in GOOD.items() if k != "bbox"}], '"bbox" None'),
-    "a box with infinity": ([GOOD | {"bbox": [1, 2, float("inf"), 3]}], '"bbox": [1, 2, '),
-    "a box of negative width": ([GOOD | {"bbox": [9, 2, -3, 3]}], "negative"),
-}
-
-
-@pytest.mark.parametrize("name", RESULTS)
-def test_results(name, content, write, tmp_path, line_of):
-    coco = load_annotations(write(content)[0]).index()
-    given, reason = RESULTS[name]
-    path = tmp_path / "results.json"
-    path.write_bytes(given if isinstance(given, bytes) else json.dumps(given).encode())
-    line = line_of(lambda: load_results(path, coco))
-    assert str(path) in line
-    assert reason in line
-
-
-def test_results_that_are_odd_but_right(content, write, tmp_path):
-    coco = load_annotations(write(content)[0]).index()
-    path = tmp_path / "results.json"
-    odd = [
-        GOOD | {"bbox": [-1e6, 5, 1e8, 0], "score": -3, "segmentation": "?", "id": "x"},
-        GOOD | {"score": 1},
-    ]
-    path.write_text(json.dumps(odd))
-    assert coco_metrics(coco, load_results(path, coco), [7])["mAP"] == 0
-    path.write_text("[]")
-    assert load_results(path, coco) == []
-
-
 # --- Whatever comes ---
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -300,13 +254,3 @@ def test_any_change_of_the_annotations_is_named_or_read(place, value, content, w
         assert ((labels >= 1) & (labels <= 2)).all()
     figures = coco_metrics(dataset.annotations.index(), [], dataset.ids)
     assert all(value == 0 or np.isnan(value) for value in figures.values())
-
-
-@UNTOUCHED
-@given(value=anything)
-def test_any_json_is_named_as_results(value, content, tmp_path):
-    coco = coco_index(content)
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps([GOOD, value]))
-    with pytest.raises(InputError, match=r"record 1|not valid JSON"):
-        load_results(path, coco)

@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from dropblock_det.datasets.annotations import box_fault, coco_index, is_number, short
+from dropblock_det.datasets.annotations import coco_index
 from dropblock_det.errors import InputError
-from dropblock_det.files import read_json
 from dropblock_det.tasks.evaluation import Outcomes
 
 COCO_METRICS = (
@@ -144,33 +142,3 @@ def outcomes_of(evaluation: COCOeval) -> Outcomes:
 def coco_metrics(coco: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> dict[str, float]:
     """Returns :func:`metrics_of` a :func:`coco_evaluation`."""
     return metrics_of(coco_evaluation(coco, results, image_ids))
-
-
-def load_results(path: Path, coco: COCO) -> list[dict[str, Any]]:
-    """Reads detections in COCO's results format and checks them.
-
-    Args:
-        path: A JSON list of ``{"image_id", "category_id", "bbox": [x, y, width, height], "score"}``.
-        coco: The annotations that the detections belong to.
-
-    Raises:
-        InputError: The first fault found, with the record that has it.
-    """
-    results = read_json(path)
-    if not isinstance(results, list):
-        raise InputError(f"{path}: holds a {type(results).__name__}, not a list; give COCO results")
-    for position, result in enumerate(results):
-        if fault := _result_fault(result, coco):
-            raise InputError(f"{path}: record {position} {fault}")
-    return results
-
-
-def _result_fault(result: Any, coco: COCO) -> str | None:
-    if not isinstance(result, dict):
-        return f"is {short(result)}, not an object"
-    for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
-        if type(result.get(key)) is not int or result[key] not in known:
-            return f'has "{key}" {short(result.get(key))}, which the annotations don\'t have'
-    if not is_number(result.get("score")):
-        return f'has "score" {short(result.get("score"))}; it must be a finite number'
-    return box_fault(result.get("bbox"))

@@ -1,7 +1,6 @@
 import contextlib
 import copy
 import io
-import json
 import math
 
 import numpy as np
@@ -19,7 +18,6 @@ from dropblock_det.tasks.detection.coco_eval import (
     coco_evaluation,
     coco_metrics,
     detections_to_coco,
-    load_results,
     outcomes_of,
 )
 
@@ -172,15 +170,6 @@ def test_detections_to_coco():
         broken = {**detections[0], key: detections[0][key].clone().fill_(math.nan)}
         with pytest.raises(InputError, match=r"image 7.*not finite"):
             detections_to_coco([7], [broken], CATEGORIES)
-
-
-def test_results_come_back_from_their_file(content, write, tmp_path):
-    coco = load_annotations(write(content)[0]).index()
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(perfect(coco)))
-    assert load_results(path, coco) == perfect(coco)
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert len(coco.loadRes(str(path)).anns) == len(perfect(coco))
 
 
 numbers = st.floats(0, 60, allow_nan=False, width=32)

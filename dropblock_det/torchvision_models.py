@@ -70,11 +70,13 @@ for _module in _MODULES:
 
 def main() -> None:
     """Runs the script named first on the command line, with the rest as its arguments."""
-    script = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    if script is None or not script.is_file():
+    if len(sys.argv) < 2:
         raise InputError(
             "give a training script and its arguments: train.py --model retinanet_resnet50_fpn_dropblock"
         )
+    script = Path(sys.argv[1])
+    if not script.is_file():
+        raise InputError(f"{script}: there is no such script")
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")

@@ -68,6 +68,7 @@ def test_a_script_trains_with_it_by_name_alone(tmp_path):
 
 
 def test_a_missing_script_is_said(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["torchvision_models", "nowhere.py"])
-    with pytest.raises(InputError, match="give a training script"):
-        torchvision_models.main()
+    for arguments, message in (([], "give a training script"), (["nope.py"], "nope.py: there is no such")):
+        monkeypatch.setattr(sys, "argv", ["torchvision_models", *arguments])
+        with pytest.raises(InputError, match=message):
+            torchvision_models.main()

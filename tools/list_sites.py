@@ -1,66 +1,88 @@
 """Shows where a placement puts regularizers in a torchvision model, and what share they would drop.
 
 python tools/list_sites.py retinanet_resnet50_fpn --at paper --size 640
-python tools/list_sites.py mobilenet_v3_large --at stage5 --at 'features.*.block.0'
+python tools/list_sites.py mobilenet_v3_large --at stage5 'features.*.block.0'
 """
 
-import argparse
+import inspect
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from dropblock_det.errors import run_tool
-from dropblock_det.inject.preview import list_sites
+from dropblock_det.arguments import Count, Share, Side
+from dropblock_det.commands import PlainConsole, command
+from dropblock_det.errors import InputError, run_tool
+from dropblock_det.inject.coverage import measure_coverage
+from dropblock_det.inject.preview import Site, list_sites
 from dropblock_det.layers import DropBlock2d
 from dropblock_det.torchvision_models import build_without_weights
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a name in torchvision.models.list_models()")
-    parser.add_argument("--at", action="append", help="preset or dotted pattern, repeatable (default: paper)")
-    parser.add_argument("--p", type=float, default=0.1, help="drop probability (default: 0.1)")
-    parser.add_argument("--block-size", type=int, default=7, help="side of a block (default: 7)")
-    parser.add_argument("--calibration", choices=("paper", "exact"), default="paper")
-    parser.add_argument(
-        "--size", type=int, default=224, help="side of the square input in pixels (default: 224)"
-    )
-    arguments = parser.parse_args()
+def show_sites(
+    model: str,
+    at: list[str] = ["paper"],  # noqa: B006
+    p: Share = 0.1,
+    block_size: Count = 7,
+    calibration: Literal["paper", "exact"] = "paper",
+    size: Side = 224,
+) -> None:
+    """Shows where a placement puts regularizers in a torchvision model, and what share they would drop.
+
+    Args:
+        model: A name in torchvision.models.list_models().
+        at: Presets and dotted patterns.
+        p: Drop probability.
+        block_size: Side of a block.
+        calibration: Of the blocks' probability.
+        size: Side of the square input in pixels.
+    """
 
     def make() -> DropBlock2d:
-        return DropBlock2d(arguments.p, arguments.block_size, calibration=arguments.calibration)
+        return DropBlock2d(p, block_size, calibration=calibration)
 
     make()  # a bad argument is said before the model is built
     warnings.simplefilter("ignore")  # of torchvision, about its own initialization
-    model: Any = build_without_weights(arguments.model)
-    at = arguments.at or ["paper"]
-    list_sites(model, at)  # and so is a bad name, before the model runs
-    if hasattr(model, "transform"):
-        model.transform.min_size, model.transform.max_size = (arguments.size,), arguments.size
-        example: object = [torch.rand(3, arguments.size, arguments.size)]
-    else:
-        example = torch.rand(1, 3, arguments.size, arguments.size)
-    sites = list_sites(model, at, example, make)
+    network = build_without_weights(model)
+    list_sites(network, at)  # and so is a bad name, before the model runs
+    try:
+        sites = list_sites(network, at, example(network, size), make)
+    except InputError:
+        raise
+    except Exception as error:  # a network says in many ways that an image is too small, or memory is
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise InputError(f"--size {size}: {model} does not run on it ({reason}); give another") from None
+    title = f"{model}, at {', '.join(at)}: {len(sites)} site{'s' * (len(sites) > 1)}, {make()}"
+    console = PlainConsole()
+    console.print(table(title, sites))
+    for stage in measure_coverage(network, [site.name for site in sites]):
+        console.print(f"{stage.stage}: {stage.covered} of {stage.convolutions} convolutions covered")
 
-    title = f"{arguments.model}, at {', '.join(at)}: {len(sites)} site{'s' * (len(sites) > 1)}, {make()}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("site", no_wrap=True, min_width=max(len(site.name) for site in sites))
-    for header in ("module", "feature map", "dropped"):
-        table.add_column(header)
+
+def example(network: Any, size: int) -> Any:
+    """What to call a torchvision model with: an image, as many as it takes, or a list of them."""
+    if hasattr(network, "transform"):
+        network.transform.min_size, network.transform.max_size = (size,), size
+        return [torch.rand(3, size, size)]
+    inputs = inspect.signature(network.forward).parameters.values()
+    return (torch.rand(1, 3, size, size),) * sum(each.default is each.empty for each in inputs)
+
+
+def table(title: str, sites: list[Site]) -> Table:
+    """A line for each site."""
+    lines = Table(title=title, title_justify="left")
+    lines.add_column("site", no_wrap=True, min_width=max(len(site.name) for site in sites))
+    for header in ("module", "p", "feature map", "dropped"):
+        lines.add_column(header)
     for site in sites:
         maps = ["×".join(map(str, shape[1:])) for shape in site.shapes] or ["did not run"]
         shares = ["" if share is None else f"{share:.1%}" for share in site.shares] or [""]
         # A head's layers run once per level of the pyramid: the first and the last say enough.
-        table.add_row(
-            site.name, site.kind, *(" ... ".join(dict.fromkeys((v[0], v[-1]))) for v in (maps, shares))
-        )
-    Console().print(table)
+        ends = (" ... ".join(dict.fromkeys((values[0], values[-1]))) for values in (maps, shares))
+        lines.add_row(site.name, site.kind, f"{site.p:g}", *ends)
+    return lines
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(lambda: command(show_sites))

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, pad
 
+from dropblock_det.datasets.images import read_image
 from dropblock_det.datasets.scenes import draw_scene
 from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.files import write_figure
@@ -25,19 +25,6 @@ from dropblock_det.runs.pictures import ORANGE
 
 CHANNELS = ("edges │", "edges ╲", "edges ─", "edges ╱", "brightness", "red-green", "blue-yellow", "texture")
 SIDE = 40  # of the feature map's longer axis: what layer3 makes of a 640-pixel image
-
-
-def read_image(path: Path | None) -> Tensor:
-    """RGB in [0, 1], ``(3, H, W)``; a generated scene where no path is given."""
-    if path is None:
-        pixels, _ = draw_scene(np.random.default_rng(3))
-    else:
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read as an image: {error.strerror or error}") from None
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
 
 
 def feature_map(image: Tensor) -> Tensor:
@@ -129,7 +116,11 @@ def main() -> None:
         raise InputError(f"--output {options.output}: give a name that ends in .png")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: give a whole number from 0 to {2**63 - 1}")
-    figure = draw(read_image(options.image), options.p, options.block_sizes, options.seed)
+    if options.image is None:
+        image = torch.from_numpy(draw_scene(np.random.default_rng(3))[0]).permute(2, 0, 1)
+    else:
+        image = read_image(options.image)
+    figure = draw(image.float() / 255, options.p, options.block_sizes, options.seed)
     with disk_errors(options.output.parent):
         write_figure(options.output, figure)
     print(f"wrote {options.output}")

@@ -1,5 +1,6 @@
 """``list_sites``: what would be regularized, on which maps, and what share of them would be dropped."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -85,17 +86,29 @@ def test_the_tool_prints_a_table():
     arguments = ["resnet18", "--at", "stage4", "--size", "64", "--p", "0.2", "--block-size", "1"]
     shown = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True).stdout
     assert "6 sites" in shown
+    assert "stage 4: 5 of 5 convolutions covered" in shown
     assert "layer4.1.downsample" in shown
     assert "identity skip" in shown
     assert "512×2×2" in shown
     assert "20.0%" in shown
 
 
+def test_the_tool_shows_the_factors_and_what_takes_two_images():
+    arguments = ["raft_small", "--at", "paper_groups", "--size", "128", "--block-size", "1"]
+    shown = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True).stdout
+    assert "26 sites" in shown
+    rows = [re.findall(r"0\.\d+|\d+\.\d%", line) for line in shown.splitlines() if "encoder.layer" in line]
+    assert {tuple(row) for row in rows} == {("0.025", "2.5%"), ("0.1", "10.0%")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["resnat18"], "error: torchvision has no model 'resnat18'"),
-        (["resnet18", "--p", "2"], "error: p must be"),
+        (["resnet18", "--p", "2"], "error: p: got 2"),
+        (["resnet18", "--size", "0"], "error: size: got 0"),
+        (["inception_v3", "--size", "32"], "error: --size 32: inception_v3 does not run on it (Calculated"),
+        (["raft_small", "--size", "32"], "error: --size 32: raft_small does not run on it ("),
         (["resnet18", "--at", "layer9"], "error: at='layer9' matches no module"),
     ],
 )

@@ -11,7 +11,7 @@ from dropblock_det.report.results import Evidence, compared_settings
 
 
 def notes(
-    comparison: Comparison, columns: Mapping[str, Column], evidence: Mapping[str, Evidence]
+    comparison: Comparison, columns: Mapping[str, Column], evidence: Mapping[str, Evidence], resampled: bool
 ) -> list[str]:
     """All of it, the weightiest first."""
     lines = []
@@ -39,8 +39,6 @@ def notes(
         "A difference counts as shown where that interval and the setting's own t interval (96 %, from its "
         "own seeds alone) both leave 0 out.",
         _what_varies(comparison),
-        "An interval for other images keeps the trained models and resamples the validation images, jointly "
-        "for a setting and none; it counts neither seeds nor the number of comparisons.",
         "The last epoch leads. A best epoch is chosen on the same validation images that judge it, which "
         "flatters all settings a little.",
         f"The learning rate and the other settings of the base config serve {REFERENCE}; a regularizer might "
@@ -49,6 +47,11 @@ def notes(
         f"{LOSS} and narrows the gap ({VAL_LOSS} - {LOSS}), so a smaller gap is not by itself better "
         "generalization.",
     ]
+    if resampled:
+        lines.append(
+            "An interval for other images keeps the trained models and resamples the validation images, for "
+            f"a setting and {REFERENCE} alike. It counts neither the seeds nor the number of comparisons."
+        )
     return lines + _inconsistencies(comparison)
 
 

@@ -102,7 +102,13 @@ def build_report(comparison: Comparison, last: int = 1, images: OtherImages | No
     found = columns(headline_first, last)
     results, evidence = setting_results(comparison, found)
     compared = [name for name, column in found.items() if column.metric.compared]
-    compared.sort(key=lambda name: (name != comparison.headline, found[name].epoch != "last"))
+    compared.sort(
+        key=lambda name: (
+            name != comparison.headline,
+            found[name].epoch != "last",
+            found[name].metric.better is None,
+        )
+    )
     return Report(
         comparison.base,
         comparison.headline,
@@ -114,7 +120,7 @@ def build_report(comparison: Comparison, last: int = 1, images: OtherImages | No
         {n: power(found[n].metric, evidence[n], evidence[n].seeds) for n in compared if n in evidence},
         {n: pairing(found[n].metric, evidence[n]) for n in compared if n in evidence},
         images,
-        tuple(notes(comparison, found, evidence)),
+        tuple(notes(comparison, found, evidence, images is not None)),
         last,
     )
 

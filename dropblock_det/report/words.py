@@ -105,9 +105,9 @@ def on_other_images(metric: Metric, images: OtherImages) -> str:
     firm = [
         f"{printable(name)} {interval(metric, i)}" for name, i in found.items() if i.low > 0 or i.high < 0
     ]
-    parts = ["differs from " + REFERENCE + " there, too: " + "; ".join(firm)] if firm else []
+    parts = ["the difference would keep its sign for " + "; ".join(firm)] if firm else []
     if rest := len(found) - len(firm):
-        parts.append(f"{rest} of {len(found)} differences might be 0 or turn there")
+        parts.append(f"{rest} of {len(found)} differences might be 0 or turn")
     title = printable(metric.title)
     return f"{title} on other images (these models, {images.images} images resampled): {'. '.join(parts)}."
 
@@ -115,6 +115,8 @@ def on_other_images(metric: Metric, images: OtherImages) -> str:
 def power(metric: Metric, evidence: Evidence, seeds: int) -> str:
     """What the comparison could have shown in a column, and what more seeds would add."""
     title = printable(metric.title)
+    if evidence.detectable is None and evidence.left_out:
+        return f"{title}: the settings' spreads differ too much to say what could have been shown."
     if evidence.detectable is None:
         return (
             f"{title}: it takes two seeds of {REFERENCE} and of another setting to say what could be shown."

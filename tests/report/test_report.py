@@ -62,7 +62,7 @@ def test_means_and_spreads(tmp_path):
 
 def test_the_headline_at_the_last_epoch_answers_first(tmp_path):
     _, report = report_of(tmp_path)
-    assert [*report.answers][:2] == ["mAP", "loss"]
+    assert [*report.answers][:2] == ["mAP", "val_loss"]
     assert report.leading == ["mAP", "val_loss", "AP50", "AP75"]
     bullets = [line for line in to_markdown(report).splitlines() if line.startswith("- ")]
     assert bullets[0].startswith("- mAP: ")
@@ -263,11 +263,10 @@ def with_outcomes(folder, settings=("none", "dropout", "spatial_dropout")):
 def test_other_images_are_spoken_of_where_the_runs_left_what_it_takes(tmp_path):
     write_report(with_outcomes(tmp_path / "runs"), tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert (
-        "mAP on other images (these models, 60 images resampled): differs from none there, too: dropout +"
-        in text
-    )
-    assert "1 of 2 differences might be 0 or turn there" in text
+    assert "mAP on other images (these models, 60 images resampled): the difference would keep" in text
+    assert "its sign for dropout +0." in text
+    assert "keeps the trained models" in text
+    assert "1 of 2 differences might be 0 or turn" in text
     assert "\\<b\\>ship\\</b\\> | 60 | +" in text
     page = (tmp_path / "report.html").read_text()
     assert "<td>&lt;b&gt;ship&lt;/b&gt;</td><td>60</td>" in page

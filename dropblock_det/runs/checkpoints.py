@@ -3,12 +3,14 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from msgspec import Meta
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import whole_file
@@ -16,6 +18,24 @@ from dropblock_det.runs.folder import best_checkpoint, check_whole, last_checkpo
 from dropblock_det.runs.recorder import RunRecord
 
 KEPT = 2  # of the last epochs: one to resume from, and one more in case it is damaged
+
+
+class _Category(TypedDict):
+    label: int
+    id: int
+    name: str
+
+
+class _HyperParameters(TypedDict):
+    categories: Annotated[list[_Category], Meta(min_length=1)]
+
+
+class _Content(TypedDict):
+    """What of a checkpoint is read here; the rest is Lightning's and the arguments of classes."""
+
+    hyper_parameters: _HyperParameters
+    validation_data: dict[str, Any]
+    state_dict: dict[str, torch.Tensor]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,9 +63,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not a checkpoint that is safe to load ({reason[:120]})") from None
-    ours = isinstance(checkpoint, dict) and "categories" in checkpoint.get("hyper_parameters", {})
-    if not ours or "state_dict" not in checkpoint:
-        raise InputError(f"{path}: not a checkpoint of dropblock_det; give one that tools/train.py wrote")
+    try:
+        msgspec.convert(checkpoint, _Content)
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"{path}: not a checkpoint of dropblock_det ({error}); give one that tools/train.py wrote"
+        ) from None
     return checkpoint
 
 

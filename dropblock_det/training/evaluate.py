@@ -86,7 +86,7 @@ def _module(content: dict[str, Any], checkpoint: Path, kind: type[TaskModule]) -
     checked_arguments(kind, content["hyper_parameters"], f"{checkpoint}: ")
     try:
         module = kind.from_checkpoint(content)
-    except (RuntimeError, TypeError) as error:  # load_state_dict names keys and shapes, a call its arguments
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # by load_state_dict, or a call
         raise InputError(
             f"{checkpoint}: its weights do not fit the model ({' '.join(str(error).split())[:200]})"
         ) from None

@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 import torch
@@ -36,6 +36,7 @@ class _Content(TypedDict):
     hyper_parameters: _HyperParameters
     validation_data: dict[str, Any]
     state_dict: dict[str, torch.Tensor]
+    task: NotRequired[str]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -109,6 +109,8 @@ ODD = {
     "a root with a NUL": ("validation_data.root", "a\0b", "a\\x00b"),
     "a subset below one": ("validation_data.val_subset", -1, "subset: got -1"),
     "a foreign argument of the data": ("validation_data.train", 1, "train: there is no such argument"),
+    "another task": ("task", "music", "task"),
+    "a task in figures": ("task", 5, "Expected `str`, got `int`"),
     "no weights": ("state_dict", REMOVED, "missing required field `state_dict`"),
     "a list of weights": ("state_dict", [], "Expected `object`, got `array`"),
     "weights in words": ("state_dict", {"a": "b"}, "Expected `Tensor`, got `str`"),

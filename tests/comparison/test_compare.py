@@ -432,7 +432,7 @@ def changes_until(process: subprocess.Popen, root: Path, wanted: float = math.in
 
 @pytest.mark.slow
 def test_real_training_killed_five_times_ends_with_the_same_records(tmp_path):
-    """As above, through the tool and with the real RetinaNet; equal to the last digit, on the CPU."""
+    """As above, through the tool and with a real detector; equal to the last digit, on the CPU."""
     settings = tmp_path / "settings"
     settings.mkdir()
     for name in ("none", "dropblock_bs3_kp0.9"):

@@ -18,7 +18,8 @@ from support.detectors import training_losses
 from support.tiny_run import ROOT, start
 
 from dropblock_det.datasets.scenes import ScenesDataModule
-from dropblock_det.runs.recorder import load_checkpoint, newest_checkpoint
+from dropblock_det.runs.checkpoints import load_checkpoint
+from dropblock_det.runs.folder import newest_checkpoint
 from dropblock_det.tasks.detection import losses_and_detections
 from dropblock_det.tasks.detection.models import DETECTORS
 from dropblock_det.tasks.detection.module import DetectionModule
@@ -59,12 +60,12 @@ def test_real_images(name, real_coco, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not json.loads((killed / "summary.json").read_text())["finished"]
+    assert json.loads((killed / "record.json").read_text())["status"] == "running"
     ended_well([f"--resume={killed}"])
 
     metrics = ("loss", "val_loss", "mAP", "AP50", "AP75")
     expected, resumed = (
-        json.loads((run / "summary.json").read_text())["epochs"] for run in (straight, killed)
+        json.loads((run / "record.json").read_text())["epochs"] for run in (straight, killed)
     )
     assert [[epoch[key] for key in metrics] for epoch in resumed] == [
         [epoch[key] for key in metrics] for epoch in expected
@@ -103,7 +104,7 @@ def test_table(name, tmp_path):
     """Trained as the quickstart trains RetinaNet, with DropBlock on, each finds at least 0.15 AP50."""
     scenes = tmp_path / "scenes"
     ended_well([f"--output={tmp_path / 'run'}", f"--data.root={scenes}", *of_detector(name)])
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "record.json").read_text())
     detector = DetectionModule.from_checkpoint(
         load_checkpoint(newest_checkpoint(tmp_path / "run"))
     ).detector.eval()

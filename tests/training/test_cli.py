@@ -14,7 +14,8 @@ import torch
 import yaml
 from pycocotools.coco import COCO
 from support.tiny_run import ROOT, arguments, start, train
-from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+from torchvision.models.detection.ssd import SSD
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import write_bytes
@@ -89,7 +90,7 @@ def test_its_weights_load_into_plain_torchvision(run):
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     state = {key.removeprefix("detector."): value for key, value in checkpoint["state_dict"].items()}
     names = checkpoint["hyper_parameters"]["categories"]
-    stock = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=len(names) + 1)
+    stock = ssdlite320_mobilenet_v3_large(weights_backbone=None, num_classes=len(names) + 1)
     assert stock.load_state_dict(state, strict=True)
 
 
@@ -244,14 +245,14 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_by_a_signal_it_says_how_to_go_on(sent, status, scenes, tmp_path, monkeypatch, capsys):
     """compare.py starts the run again where it sees these statuses; 0 would be a run that ended well."""
-    stock, handler = RetinaNet.compute_loss, signal.getsignal(signal.SIGINT)
+    stock, handler = SSD.compute_loss, signal.getsignal(signal.SIGINT)
 
     def compute_loss(self, *args):
         if self.training:
             os.kill(os.getpid(), sent)
         return stock(self, *args)
 
-    monkeypatch.setattr(RetinaNet, "compute_loss", compute_loss)
+    monkeypatch.setattr(SSD, "compute_loss", compute_loss)
     try:
         with pytest.raises(SystemExit) as caught:
             train(arguments(scenes, tmp_path / "run"), monkeypatch)

@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from support.detectors import batch
 from support.tiny_run import arguments, train
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.ssd import SSD
 
 from dropblock_det.datasets.coco_dataset import CocoDataset, collate
 from dropblock_det.datasets.scenes import ScenesDataModule
@@ -29,22 +30,22 @@ SIZES = [8, 16, 32, 64, 128]
 
 @pytest.fixture
 def nan_at_the_third_step(monkeypatch):
-    stock, calls = RetinaNet.compute_loss, []
+    stock, calls = SSD.compute_loss, []
 
-    def compute_loss(self, targets, head_outputs, anchors):
-        losses = stock(self, targets, head_outputs, anchors)
+    def compute_loss(self, *args):
+        losses = stock(self, *args)
         if self.training:
             calls.append(losses)
             if len(calls) == 3:
                 losses["bbox_regression"] = losses["bbox_regression"] * math.nan
         return losses
 
-    monkeypatch.setattr(RetinaNet, "compute_loss", compute_loss)
+    monkeypatch.setattr(SSD, "compute_loss", compute_loss)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(nan_at_the_third_step, scenes, tmp_path, monkeypatch):
     with pytest.raises(
-        InputError, match=r"step 2: .*bbox_regression nan\) on the images \d+, \d+, \d+, \d+; the last"
+        InputError, match=r"step 2: .*bbox_regression nan, .* on the images \d+, \d+, \d+, \d+; the last"
     ) as e:
         train(arguments(scenes, tmp_path / "run"), monkeypatch)
     assert "\n" not in str(e.value)
@@ -95,6 +96,27 @@ def test_an_image_of_one_pixel_by_ten_thousand(content, write, line_of):
     module.detector.train()
     losses = [*module.detector(*pixel).values(), *module.detector(*stays).values()]
     assert all(loss.isfinite() for loss in losses)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn"])
+@torch.no_grad()
+def test_val_loss_does_not_depend_on_the_batches(name):
+    """Of images of one size: others are padded, which every detector sees."""
+    images, targets = batch((3, 4, 5, 6))
+    categories = [{"label": label, "id": label, "name": str(label)} for label in (1, 2)]
+    module = DetectionModule(categories, name=name, min_size=96, max_size=128).eval()
+
+    def val_loss(*batches):
+        total = 0.0
+        for numbers in batches:
+            chosen = [images[number] for number in numbers], [targets[number] for number in numbers]
+            losses, _ = module.losses_and_predictions(chosen)
+            total += float(sum(losses.values())) * len(numbers)
+        return total / len(images)
+
+    one = val_loss([0, 1, 2, 3])
+    assert one == pytest.approx(val_loss([3], [1, 0, 2]), rel=1e-5)
+    assert one == pytest.approx(val_loss([2], [0], [3], [1]), rel=1e-5)
 
 
 def test_an_overflow_in_float16_is_seen_in_the_log(scenes, tmp_path):

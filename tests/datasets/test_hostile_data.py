@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from support.changes import anything, places, replace_somewhere
 
 from dropblock_det.datasets.annotations import MAX_BOXES_PER_IMAGE
 from dropblock_det.datasets.coco_dataset import CocoDataset
@@ -206,26 +206,9 @@ def test_what_is_odd_but_right_is_read(content, write):
 
 # --- Whatever comes ---
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-anything = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-)
-places = st.lists(st.integers(0, 20), min_size=1, max_size=4)
 UNTOUCHED = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def replace_somewhere(content, place, value):
-    """Replaces what one comes to by taking, at each level, the place-th key or element."""
-    for step, last in zip(place, [False] * (len(place) - 1) + [True], strict=True):
-        keys = list(content) if isinstance(content, dict) else list(range(len(content)))
-        key = keys[step % len(keys)]
-        if last or not isinstance(content[key], dict | list) or not content[key]:
-            content[key] = value
-            return
-        content = content[key]
 
 
 @UNTOUCHED

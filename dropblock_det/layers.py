@@ -1,6 +1,7 @@
 """``DropBlock2d`` and the table of regularizers by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ class DropBlock2d(nn.Module):
         check_arguments(value, self.block_size, self.calibration)
         if value != self._p:
             self._p = float(value)
-            self._p_tensor.fill_(self._p)
+            if _changed is None:
+                self._p_tensor.fill_(self._p)
+            else:
+                _changed[self] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies DropBlock in training mode.
@@ -90,6 +94,23 @@ class DropBlock2d(nn.Module):
             f"p={self.p:g}, block_size={self.block_size}, per_channel={self.per_channel},"
             f" calibration={self.calibration!r}"
         )
+
+
+_changed: dict[DropBlock2d, None] | None = None  # inside changing_many
+
+
+@contextmanager
+def changing_many() -> Iterator[None]:
+    """Many layers' ``p`` may change inside: a GPU then takes two launches for all, not one for each."""
+    global _changed
+    _changed = {}
+    try:
+        yield
+    finally:
+        layers, _changed = _changed, None
+        if layers:
+            torch._foreach_zero_([layer._p_tensor for layer in layers])
+            torch._foreach_add_([layer._p_tensor for layer in layers], [layer.p for layer in layers])
 
 
 def recorded(x: Tensor) -> bool:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth
 
 from dropblock_det.errors import InputError
-from dropblock_det.layers import REGULARIZERS, DropBlock2d, make_regularizer
+from dropblock_det.layers import REGULARIZERS, DropBlock2d, changing_many, make_regularizer
 from dropblock_det.ops import reference
 from dropblock_det.ops.dropblock import drop_block2d
 
@@ -214,3 +215,38 @@ def test_table():
         make_regularizer("drop", 0.2)
     with pytest.raises(InputError, match="p must"):
         make_regularizer("dropout", 1.2)
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of the operations inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_many_layers_change_p_in_two_operations_and_in_none_if_unchanged():
+    layers = [DropBlock2d(0.1, 3) for _ in range(5)]
+    for values, expected in (([0.2, 0.3, 0.4, 0.4, 1.0], 2), ([0.2, 0.3, 0.4, 0.4, 1.0], 0), ([0.0] * 5, 2)):
+        with Operations() as operations, changing_many():
+            for layer, value in zip(layers, values, strict=True):
+                layer.p = 0.7 if expected else value  # set twice, it is still the last value
+                layer.p = value
+        assert len(operations.names) == expected, operations.names
+        assert [layer.p for layer in layers] == values
+        assert [layer._p_tensor.item() for layer in layers] == torch.tensor(values).tolist()
+
+    def fails_half_way():
+        with changing_many():
+            layers[0].p = 0.5
+            layers[1].p = 2.0
+
+    with pytest.raises(InputError):
+        fails_half_way()
+    assert layers[0]._p_tensor.item() == layers[0].p == 0.5
+    layers[0].p = 0.25
+    assert layers[0]._p_tensor.item() == 0.25

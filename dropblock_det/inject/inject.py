@@ -27,6 +27,7 @@ from dropblock_det.inject.regularized import (
     class_before_parametrization,
     regularized,
 )
+from dropblock_det.layers import changing_many
 
 
 def regularize_(model: nn.Module, make: Callable[[], nn.Module], at: At = "paper") -> "RegularizerHandle":
@@ -142,13 +143,14 @@ class RegularizerHandle:
         """
         values = self._each_p(p)
         before = [(regularizer, regularizer.p) for regularizer, _ in values]
-        try:
-            for regularizer, value in values:
-                regularizer.p = value
-        except BaseException:
-            for regularizer, value in before:
-                regularizer.p = value
-            raise
+        with changing_many():
+            try:
+                for regularizer, value in values:
+                    regularizer.p = value
+            except BaseException:
+                for regularizer, value in before:
+                    regularizer.p = value
+                raise
         if not self._looked_for_idle and len(self.idle_sites) < len(self.sites):
             self.warn_of_idle_sites()
 

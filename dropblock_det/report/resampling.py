@@ -152,16 +152,31 @@ def other_images(runs: Runs, resamples: int = RESAMPLES) -> OtherImages | None:
 
 def _comparable(one: Outcomes, other: Outcomes) -> bool:
     same = np.array_equal(one.images, other.images) and np.array_equal(one.truths, other.truths)
-    return same and (one.categories, one.columns) == (other.categories, other.columns)
+    means = [(outcomes.categories, outcomes.columns, outcomes.measure) for outcomes in (one, other)]
+    return same and means[0] == means[1]
 
 
 def _values(outcomes: Outcomes, weights: Floats) -> tuple[Floats, Floats]:
     """The metrics (B, metrics), and the first of them for each category (B, K)."""
-    precisions = average_precisions(outcomes, weights)
-    present = ~np.isnan(precisions[:, 0])
-    of_ways = [np.mean(precisions[:, ways], axis=1) for ways in map(list, outcomes.columns.values())]
-    means = [np.sum(np.where(present, of, 0), axis=1) / present.sum(axis=1) for of in of_ways]
-    return np.stack(means, axis=1), of_ways[0]
+    share = outcomes.measure == "share"
+    columns = (shares if share else average_precisions)(outcomes, weights)
+    of_columns = [np.mean(columns[:, ways], axis=1) for ways in map(list, outcomes.columns.values())]
+    # A share counts every object alike, an average precision every category of which there is an object.
+    counts = weights @ outcomes.truths if share else ~np.isnan(of_columns[0])
+    means = [np.nansum(of * counts, axis=1) / counts.sum(axis=1) for of in of_columns]
+    return np.stack(means, axis=1), of_columns[0]
+
+
+def shares(outcomes: Outcomes, weights: Floats) -> Floats:
+    """Share of each category's objects for which the prediction is right, like :func:`average_precisions`."""
+    categories, ways = len(outcomes.categories), outcomes.hit.shape[1]
+    truths = weights @ outcomes.truths
+    result = np.full((len(weights), ways, categories), np.nan)
+    for k in range(categories):
+        rows, present = outcomes.category == k, truths[:, k] > 0
+        right = weights[:, outcomes.image[rows]] @ outcomes.hit[rows]
+        result[present, :, k] = right[present] / truths[present, k, None]
+    return result
 
 
 def _interval(values: Floats) -> ImageInterval:

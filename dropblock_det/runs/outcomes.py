@@ -50,6 +50,7 @@ def read_outcomes(folder: Path) -> Outcomes | None:
             for metric, row in zip(arrays.pop("metrics"), arrays["columns"], strict=True)
         }
         arrays |= {"columns": columns, "categories": tuple(map(str, arrays["categories"]))}
+        arrays["measure"] = str(arrays["measure"])
         outcomes = Outcomes(**arrays)
         _check(outcomes)
     except InputError:
@@ -60,6 +61,8 @@ def read_outcomes(folder: Path) -> Outcomes | None:
 
 
 def _check(outcomes: Outcomes) -> None:
+    if outcomes.measure not in ("average_precision", "share"):
+        raise ValueError(f"measure is {outcomes.measure!r}")
     images, categories = len(outcomes.images), len(outcomes.categories)
     rows, ways = outcomes.hit.shape
     shapes = {

@@ -55,12 +55,14 @@ class Outcomes:
     image from the highest score down. A stable sort by score gives the order in which the metrics saw them.
 
     Attributes:
-        columns: metric -> the columns of ``hit`` over which its average precision is a mean.
+        columns: metric -> the columns of ``hit`` over which it is a mean.
+        measure: what a column gives: ``average_precision``, a mean over the categories, or the ``share`` of
+            objects for which the prediction is right, where each image has one object and one prediction.
         images: (I,) int64, ids of all validated images.
         categories: K names.
         truths: (I, K) int32, how many objects there were to find.
         image: (n,) int32, position in ``images``.
-        category: (n,) int32, position in ``categories``.
+        category: (n,) int32, position in ``categories``; for a share, the object's.
         score: (n,) float32.
         hit: (n, T) bool, whether the prediction is right.
         ignored: (n, T) bool, whether it counts neither as right nor as wrong, as in a crowd.
@@ -75,6 +77,7 @@ class Outcomes:
     score: NDArray[np.float32]
     hit: NDArray[np.bool_]
     ignored: NDArray[np.bool_]
+    measure: Literal["average_precision", "share"] = "average_precision"
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Evaluation:
     Attributes:
         values: metric -> value; more names than the task declares may be among them.
         samples: a few images, always the same ones.
-        outcomes: of all images, where the metrics are average precisions.
+        outcomes: of all images, where the metrics can be computed from them.
     """
 
     values: dict[str, float]

@@ -5,6 +5,7 @@ import pytest
 
 from dropblock_det.datasets.annotations import coco_index
 from dropblock_det.report.resampling import average_precisions, draws, other_images
+from dropblock_det.tasks.classification.module import outcomes_of as classified
 from dropblock_det.tasks.detection.coco_eval import coco_evaluation, metrics_of, outcomes_of
 
 CATEGORIES = [{"id": 10 * k, "name": f"class {k}"} for k in range(1, 4)]
@@ -130,6 +131,31 @@ def test_settings_are_compared_on_the_same_draws():
     equal = other_images({"none": {0: of["none"]}, "y": {0: of["none"]}}, 50)
     assert equal.metrics["mAP"]["y"] == equal.categories["class 1"]["y"]
     assert (equal.metrics["mAP"]["y"].low, equal.metrics["mAP"]["y"].high) == (0, 0)
+
+
+def test_accuracy_is_the_share_of_drawn_images_that_are_right():
+    noise = np.random.default_rng(0)
+    labels = noise.integers(0, 3, 150)
+    found = {}
+    for name, skill in (("none", 0.6), ("x", 0.8)):
+        predicted = np.where(noise.random(150) < skill, labels, (labels + 1) % 3)
+        pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
+        found[name] = [
+            {"image_id": 150 - n, "label": a, "predicted": b, "score": 0.5} for n, (a, b) in enumerate(pairs)
+        ]
+    outcomes = {name: {0: classified(rows, ["a", "b", "c"])} for name, rows in found.items()}
+    answer = other_images(outcomes, 500)
+    right = {
+        name: np.array([row["label"] == row["predicted"] for row in rows[::-1]])
+        for name, rows in found.items()
+    }
+    differences = draws(150, 500)[1:] @ (right["x"].astype(float) - right["none"]) / 150
+    interval = answer.metrics["accuracy"]["x"]
+    assert interval.mean == pytest.approx(right["x"].mean() - right["none"].mean())
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])))
+    of_a = labels[::-1] == 0
+    by_hand = right["x"][of_a].mean() - right["none"][of_a].mean()
+    assert answer.categories["a"]["x"].mean == pytest.approx(by_hand)
 
 
 def test_what_cannot_be_compared_is_not():

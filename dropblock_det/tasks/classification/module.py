@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -13,7 +14,7 @@ from dropblock_det.arguments import Share
 from dropblock_det.datasets.classification import Batch, ClassificationDataModule
 from dropblock_det.tasks.classification.metrics import HEADLINE, METRICS
 from dropblock_det.tasks.classification.models import SMALL_CNN, Stem, build_classifier
-from dropblock_det.tasks.evaluation import Evaluation, Mark, Sample
+from dropblock_det.tasks.evaluation import Evaluation, Mark, Outcomes, Sample
 from dropblock_det.tasks.module import TaskModule
 
 SAMPLES = 8
@@ -95,7 +96,7 @@ class ClassificationModule(TaskModule):
         )
         values = {"accuracy": float(multiclass_accuracy(predicted, labels, len(names), average="micro"))}
         values |= {f"accuracy/{n}": share for n, share in zip(names, (right / images).tolist(), strict=True)}
-        return Evaluation(values, self._samples(predictions, names))
+        return Evaluation(values, self._samples(predictions, names), outcomes_of(predictions, names))
 
     def _samples(self, predictions: list[Prediction], names: list[str]) -> tuple[Sample, ...]:
         if self.trainer.state.fn != "fit":  # an evaluation has no folder to leave pictures in
@@ -113,3 +114,23 @@ class ClassificationModule(TaskModule):
             height, width = image.shape[1:]
             samples.append(Sample(name, "label", width, height, *marks, str(file.resolve())))
         return tuple(samples)
+
+
+def outcomes_of(predictions: list[Prediction], names: list[str]) -> Outcomes:
+    """Returns which images were given their own class, the images of a class together."""
+    rows = sorted(predictions, key=lambda prediction: prediction["image_id"])
+    labels = np.array([row["label"] for row in rows], np.int32)
+    right = np.array([row["label"] == row["predicted"] for row in rows], bool)
+    by_class = np.argsort(labels, kind="stable")
+    return Outcomes(
+        columns={"accuracy": (0,)},
+        images=np.array([row["image_id"] for row in rows], np.int64),
+        categories=tuple(names),
+        truths=np.eye(len(names), dtype=np.int32)[labels],
+        image=by_class.astype(np.int32),
+        category=labels[by_class],
+        score=np.array([row["score"] for row in rows], np.float32)[by_class],
+        hit=right[by_class, None],
+        ignored=np.zeros((len(rows), 1), bool),
+        measure="share",
+    )

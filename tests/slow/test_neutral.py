@@ -1,7 +1,7 @@
 """A regularized model is the stock model where regularization is not wanted: every torchvision builder.
 
 The default run takes one builder per family; ``pytest -m slow tests/test_neutral.py`` takes them all and
-writes ``data/results/models.csv`` and the table in the README.
+writes ``data/results/models.csv``, of which tools/models_table.py makes a table.
 """
 
 import copy
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from onnx_ir import serde
+from support.the_tools import tool_module
 from torch import nn
 from torch.utils import _pytree as pytree
 from torchvision.models import list_models
@@ -26,8 +27,6 @@ from dropblock_det.torchvision_models import SUFFIX, build_without_weights
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "data" / "results" / "models.csv"
-README = ROOT / "README.md"
-START, END = "<!-- models table -->\n", "<!-- end of models table -->"
 NOT_IMAGES = (*list_models(torchvision.models.video), "mvit_v1_b", "mvit_v2_s", "s3d", "swin3d_*")
 TASKS = {
     "detection": list_models(torchvision.models.detection, exclude=f"*{SUFFIX}"),
@@ -242,20 +241,6 @@ def test_regularizers_of_pyramids_and_heads_leave_no_trace(name):
 BUILDERS = [(task, name) for task, names in TASKS.items() for name in names]
 
 
-def rendered(rows):
-    """The README's table, folded."""
-    versions = " and ".join(f"{library} {rows[0][library]}" for library in ("torch", "torchvision"))
-    columns = [column for column in rows[0] if column not in ("torch", "torchvision")]
-    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"<details><summary>{len(rows)} builders, {versions}</summary>\n\n{table}\n\n</details>\n"
-
-
-def without_table(readme):
-    before, rest = readme.split(START)
-    return before, rest.split(END)[1]
-
-
 @pytest.fixture(scope="module")
 def record():
     """Takes rows, and writes them when every builder has one: the table is of one run."""
@@ -267,8 +252,6 @@ def record():
         writer = csv.DictWriter(file, list(next(iter(rows.values()))))
         writer.writeheader()
         writer.writerows(rows.values())
-    before, after = without_table(README.read_text())
-    README.write_text(before + START + rendered(list(rows.values())) + END + after)
 
 
 @pytest.mark.slow
@@ -285,10 +268,10 @@ def test_every_builder_is_neutral_and_trains(task, name, record):
     assert said == {"neutral": "yes", "trains": "yes"}, seen
 
 
-def test_the_readme_shows_the_table():
+def test_the_table_shows_the_last_sweep():
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert START + rendered(rows) + END in README.read_text()
+    assert tool_module("models_table.py").rendered(TABLE) == TABLE.with_suffix(".md").read_text()
     assert {row["neutral"] + row["trains a step"] for row in rows} == {"yesyes"}
     assert all(int(row["sites"]) > 0 for row in rows)
     if rows[0]["torchvision"] == torchvision.__version__:

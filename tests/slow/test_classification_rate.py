@@ -1,4 +1,4 @@
-"""What Lightning, callbacks, logging and loader cost beside a plain loop: alone on the machine, -m slow -s."""
+"""What Lightning, callbacks, logging and loader cost beside a plain loop: run it alone, -m slow -s."""
 
 import statistics
 import time

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
 from dropblock_det.errors import InputError
+from dropblock_det.ops.layout import is_channels_last, memory_format
 
 CALIBRATIONS = ("paper", "exact")
 BlockSize = int | Sequence[int]
@@ -137,4 +138,5 @@ def drop_block2d(x: Tensor, p: float, block_size: BlockSize, per_channel: bool, 
     height, width = x.shape[2:]
     gamma = corner_probability(p, block_size, height, width, calibration)
     mask = mask_from_corners(draw_corners(x, gamma, block_size, per_channel), block_size, height, width)
+    mask = mask.contiguous(memory_format=memory_format(is_channels_last(x)))  # decides the result's
     return apply_mask(x, mask)

@@ -219,19 +219,24 @@ def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
     On file systems without locks across machines it keeps out the processes of its own machine only.
 
     Args:
-        path: The lock's file; its folder is made.
+        path: The lock's file; its folder is made. The holder may remove it before closing.
         wait: Wait for the lock, however long.
 
     Returns:
         The open file, to be closed when done; None where another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="utf-8", errors="replace")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        file.close()
-        return None
+    while True:
+        file = path.open("a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # opened before its holder removed it: a lock on it keeps nobody out
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -240,4 +245,28 @@ def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
 
 def lock_holder(path: Path) -> str:
     """Returns who took the lock last, for a message."""
-    return path.read_text(encoding="utf-8", errors="replace")[:200] or "another process"
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text(encoding="utf-8", errors="replace")[:200] or "another process"
+    return "another process"
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: Path) -> Iterator[None]:
+    """Holds a lock while something is worked on; its file is gone afterwards.
+
+    Args:
+        path: The lock's file; its folder is made.
+        what: What is worked on, for the message.
+
+    Raises:
+        InputError: Another process holds it.
+    """
+    lock = take_lock(path)
+    if lock is None:
+        raise InputError(f"{what}: {lock_holder(path)} is working on it; start again after it")
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # where the disk no longer lets us, the file does no harm
+                path.unlink()

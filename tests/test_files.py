@@ -1,5 +1,6 @@
 """Reading what may come from anyone, writing whole files, taking a lock."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from dropblock_det import files
 from dropblock_det.errors import InputError
-from dropblock_det.files import read_json, read_yaml, take_lock, whole_file, write_bytes, write_json
+from dropblock_det.files import locked, read_json, read_yaml, take_lock, whole_file, write_bytes, write_json
 
 
 @dataclass
@@ -160,3 +161,30 @@ def test_a_lock_keeps_others_out_and_says_who_holds_it(tmp_path):
     assert f"process {os.getpid()} on " in refused.stderr
     held.close()
     assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 0
+
+
+def test_a_lock_whose_holder_removed_its_file_keeps_nobody_out(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    opened = []
+
+    def removed_meanwhile(file, operation, flock=fcntl.flock):
+        if not opened:
+            path.unlink()
+        opened.append(file)
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    lock = take_lock(path)
+    assert len(opened) == 2
+    assert os.path.samestat(os.fstat(lock.fileno()), path.stat())
+
+
+def test_locked_leaves_nothing_and_says_who_is_at_work(tmp_path):
+    with locked(tmp_path / "lock", tmp_path):
+        with (
+            pytest.raises(InputError, match=rf"^{tmp_path}: process {os.getpid()} on .* is working on it"),
+            locked(tmp_path / "lock", tmp_path),
+        ):
+            pass
+        assert (tmp_path / "lock").exists()
+    assert list(tmp_path.iterdir()) == []

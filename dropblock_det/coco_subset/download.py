@@ -16,7 +16,7 @@ from urllib3.util.retry import Retry
 from dropblock_det.coco_subset.connections import Answer, Connections, FetchError
 from dropblock_det.coco_subset.extract import check_url
 from dropblock_det.errors import InputError
-from dropblock_det.files import lock_holder, take_lock
+from dropblock_det.files import locked
 
 OFFICIAL = "http://images.cocodataset.org"
 
@@ -148,10 +148,7 @@ class Downloader:
             return report(archive.size)
         url = self.network.address(f"{OFFICIAL}/{archive.path}")
         partial, lock_file = (target.with_name(target.name + end) for end in (".partial", ".lock"))
-        lock = take_lock(lock_file)
-        if lock is None:
-            raise InputError(f"{target}: {lock_holder(lock_file)} is fetching it; start again after it")
-        with lock, partial.open("ab") as file:
+        with locked(lock_file, target), partial.open("ab") as file:
             if _is(target, archive):  # another process was faster
                 partial.unlink()
                 return report(archive.size)
@@ -171,7 +168,6 @@ class Downloader:
             except FetchError as error:
                 raise InputError(f"{target.name}: {error} ({url}); start again to go on") from error
             partial.replace(target)
-            lock_file.unlink()
 
     def _append(self, url: str, file: IO[bytes], size: int, report: Callable[[int], None]) -> None:
         """Adds to ``file`` what it lacks; starts over when the server can't send a part."""

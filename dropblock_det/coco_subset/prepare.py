@@ -21,10 +21,9 @@ from dropblock_det.coco_subset.extract import Image, extract, read_images
 from dropblock_det.coco_subset.json_stream import Readable
 from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest, sha256_of
 from dropblock_det.errors import InputError, disk_errors
-from dropblock_det.files import lock_holder, take_lock, write_bytes
+from dropblock_det.files import locked, write_bytes
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 
 _LARGEST_JSON = 2 << 30  # bytes; train2017's has 0.45e9
 
@@ -146,19 +145,18 @@ def _sole_use(out: Path) -> Iterator[Path]:
     Where nothing came of it, an ``out`` that was made here is gone too.
     """
     made = not out.exists()
-    lock = take_lock(out / LOCK)
-    if lock is None:
-        raise InputError(f"{out}: {lock_holder(out / LOCK)} is working on it; wait for it to end")
     work = out / ".partial"
-    with lock:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            yield work
-        finally:
+    try:
+        with locked(out / ".lock", out):
             shutil.rmtree(work, ignore_errors=True)
-            if made and os.listdir(out) == [LOCK]:
-                (out / LOCK).unlink()
+            work.mkdir()
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty
                 out.rmdir()
 
 

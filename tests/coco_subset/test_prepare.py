@@ -153,7 +153,7 @@ def test_two_processes_in_one_folder(tmp_path, server, site):
     (tmp_path / "coco").mkdir()
     with (
         prepare_module._sole_use(tmp_path / "coco"),
-        pytest.raises(InputError, match=r"process \d+ on .* is working"),
+        pytest.raises(InputError, match=r"process \d+ on .* is working on it"),
     ):
         prepare(tmp_path / "coco", OPTIONS, network=network(server))
 

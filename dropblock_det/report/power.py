@@ -9,6 +9,7 @@ from dropblock_det.report.statistics import OWN_ALPHA, dunnett_quantile, t_quant
 
 POWER = 0.8
 TRIALS = 20_000
+VALUES = 2**23  # drawn at once, which is 64 MB
 MOST_SEEDS = 1000
 
 
@@ -23,7 +24,7 @@ def detectable_difference(settings: int, seeds: int) -> float:
         seeds: at least 2.
     """
     generator = np.random.default_rng(0)
-    trials = max(2000, TRIALS * 5 // max(5, seeds))
+    trials = min(TRIALS, max(500, VALUES // (settings * seeds)))
     runs = generator.standard_normal((trials, settings, seeds))
     differences = runs[:, 1] - runs[:, 0]
     residuals = (

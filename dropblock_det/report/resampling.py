@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from dropblock_det.comparison.gather import REFERENCE
 from dropblock_det.tasks.evaluation import Outcomes
 
-RESAMPLES = 1000
+RESAMPLES, FEWEST_RESAMPLES = 1000, 20
 ENOUGH = 30  # objects of a category; fewer say little about it
 THRESHOLDS = np.linspace(0, 1, 101)  # of the recall, as COCO has them
 AT_ONCE = 2**20  # elements of an array
+MOST_WEIGHTS = 2**27  # a gigabyte
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Runs = Mapping[str, Mapping[int, Outcomes]]
@@ -126,6 +127,9 @@ def other_images(runs: Runs, resamples: int = RESAMPLES) -> OtherImages | None:
     if not runs.get(REFERENCE) or not all(_comparable(every[0], outcomes) for outcomes in every):
         return None
     first = every[0]
+    resamples = min(resamples, MOST_WEIGHTS // max(1, len(first.images)))
+    if not len(first.images) or resamples < FEWEST_RESAMPLES:
+        return None
     weights = draws(len(first.images), resamples)
     values = {
         setting: {seed: _values(outcomes, weights) for seed, outcomes in seeds.items()}
@@ -143,7 +147,8 @@ def other_images(runs: Runs, resamples: int = RESAMPLES) -> OtherImages | None:
             for part in (0, 1)
         )
         for column, name in enumerate(first.columns):
-            metrics[name][setting] = _interval(of_metrics[:, column])
+            if not np.isnan(of_metrics[0, column]):
+                metrics[name][setting] = _interval(of_metrics[:, column])
         for k in shown:
             categories[first.categories[k]][setting] = _interval(of_categories[:, k])
     objects = {first.categories[k]: int(first.truths[:, k].sum()) for k in shown}
@@ -163,7 +168,8 @@ def _values(outcomes: Outcomes, weights: Floats) -> tuple[Floats, Floats]:
     of_columns = [np.mean(columns[:, ways], axis=1) for ways in map(list, outcomes.columns.values())]
     # A share counts every object alike, an average precision every category of which there is an object.
     counts = weights @ outcomes.truths if share else ~np.isnan(of_columns[0])
-    means = [np.nansum(of * counts, axis=1) / counts.sum(axis=1) for of in of_columns]
+    total = np.where((total := counts.sum(axis=1)) > 0, total, np.nan)  # NaN where no object was drawn
+    means = [np.nansum(of * counts, axis=1) / total for of in of_columns]
     return np.stack(means, axis=1), of_columns[0]
 
 

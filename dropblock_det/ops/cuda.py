@@ -24,7 +24,6 @@ TILES = (512, 4096)  # the least and the most pixels that a program draws at a t
 PARTS = 512  # the most programs that draw a mask, each with its part of the count
 PIXELS = 128  # that a program copies of each of 32 channels
 
-
 Key = tuple[object, ...]
 compiled_kernels: dict[Key, Any] = {}
 
@@ -72,6 +71,14 @@ def new_seed(device: torch.device) -> tuple[int | Tensor, int, int]:
     return torch.randint(2**62, (), device=device), 0, 0
 
 
+@lru_cache
+def unread(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What stands in the places of a tensor p and a tensor seed if they are numbers."""
+    return torch.empty((), dtype=torch.float32, device=device), torch.empty(
+        (), dtype=torch.int64, device=device
+    )
+
+
 @lru_cache(maxsize=1024)
 def plan(height: int, width: int, block_size: BlockSize, exact: bool) -> tuple[int, int, int, int, int, bool]:
     """How masks of these maps are drawn: kh, kw, halo, TILE, ROWS, and whether one launch does."""
@@ -113,9 +120,14 @@ def draw(
     words = torch.empty((planes + 31) // 32, height, width, dtype=torch.int32, device=device)
     dropped = torch.empty(programs, dtype=torch.int32, device=device)
     reach = (kh, kw) if at_once else (1, 1)
+    # The same compiled kernel takes numbers and tensors, so a graph being captured finds it loaded.
+    low, high, offset = seed
+    no_p, no_seed = unread(device)
     launch(
-        kernels.draw_mask, (type(p), type(seed[0])), programs,
-        p, *seed, words, dropped, planes, height, width, kh, kw, *reach, halo, tiles,
+        kernels.draw_mask, (), programs,
+        *((-1.0, p) if isinstance(p, Tensor) else (float(p), no_p)),
+        *((-1, 0, low) if isinstance(low, Tensor) else (low, high, no_seed)), offset,
+        words, dropped, planes, height, width, kh, kw, *reach, halo, tiles,
         ROWS=rows, TILE=tile, warps=min(max(tile // 128, 1), 16),
     )  # fmt: skip
     if not at_once:

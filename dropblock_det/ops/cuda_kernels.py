@@ -49,13 +49,6 @@ NEWTON_STEPS = tl.constexpr(8)  # 6 exhaust a float32 for p up to 0.999
 
 
 @triton.jit
-def _number(x):
-    """A number that was passed itself or, as a tensor, by its address."""
-    x = tl.to_tensor(x)
-    return tl.load(x) if x.dtype.is_ptr() else x
-
-
-@triton.jit
 def _rate_of(share):
     """``-log(1 - share)``."""
     s = share / (2.0 - share)
@@ -146,12 +139,13 @@ def _ones(word):
 
 # Sizes change from batch to batch. Without this, sizes of 1 and multiples of 16 have kernels of their own.
 @triton.jit(
-    do_not_specialize=["p", "seed", "seed_high", "offset", "planes", "height", "width", "kh", "kw", "reach_h",
-                       "reach_w", "halo", "tiles"]
+    do_not_specialize=["p", "p_ptr", "seed", "seed_high", "seed_ptr", "offset", "planes", "height", "width",
+                       "kh", "kw", "reach_h", "reach_w", "halo", "tiles"]
 )  # fmt: skip
 def draw_mask(
-    p,  # the drop probability, or the address of a 0-dim tensor
-    seed, seed_high, offset,  # stand for the mask; the first may be the address of a 0-dim tensor instead
+    p, p_ptr,  # the drop probability; if negative, it is read from the address
+    seed, seed_high, seed_ptr,  # 62 bits; if the first is negative, they are read from the address
+    offset,  # with the seed, it stands for the mask
     words_ptr,  # the mask
     dropped_ptr,  # the number of its set bits, one part per program
     planes, height, width,  # the shape of the mask
@@ -163,10 +157,14 @@ def draw_mask(
     TILE: tl.constexpr,  # pixels that a program draws at a time, with the halo
 ):  # fmt: skip
     """Draws a mask and counts its bits."""
-    p = _number(p)
+    p = tl.to_tensor(p)
+    if p < 0:
+        p = tl.load(p_ptr)
+    key = seed.to(tl.int64) | seed_high.to(tl.int64) << 31
+    if seed < 0:
+        key = tl.load(seed_ptr)
     stretch = -0.6931471805599453 / tl.maximum(corner_rate(p, height, width, kh, kw, ROWS), 1e-30)
     some_planes = tl.where(p > 0.0, planes, 0)  # none has corners if p is 0
-    key = _number(seed).to(tl.int64) | seed_high.to(tl.int64) << 31
     pixels = height * width
     lane = tl.arange(0, TILE)
     zero = tl.zeros([TILE], tl.int32)

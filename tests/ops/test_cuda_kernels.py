@@ -209,9 +209,8 @@ def variants(every: bool):
     from dropblock_det.ops import cuda_kernels
 
     for tile, rows in itertools.product((512, 1024, 2048, 4096), (0, 8)) if every else [(1024, 0), (4096, 8)]:
-        for p, seed in (("fp32", "i32"), ("*fp32", "*i64")) if every else (("fp32", "i32"),):
-            constants = {"ROWS": rows, "TILE": tile}
-            yield cuda_kernels.draw_mask, {"p": p, "seed": seed}, constants, min(tile // 128, 16)
+        types = {"p": "fp32", "p_ptr": "*fp32", "seed_ptr": "*i64"}
+        yield cuda_kernels.draw_mask, types, {"ROWS": rows, "TILE": tile}, min(tile // 128, 16)
     yield cuda_kernels.widen, {"from_ptr": "*i32", "to_ptr": "*i32"}, {"TILE": 1024}, 4
     dtypes = ("bf16", "fp16", "fp32", "fp64") if every else ("bf16",)
     for x, shared, last, vector, index in itertools.product(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dropblock_det.layers import DropBlock2d
 from dropblock_det.ops import reference
@@ -87,13 +88,109 @@ class TestOnAGpu:
         graph.replay()
         assert 0.2 < (y == 0).float().mean() < 0.3
 
-    def test_manual_seed(self):
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("channels", [3, 40, 64])
+    def test_same_seed_same_mask_in_every_memory_format(self, channels, memory_format):
+        x = torch.ones(5, channels, 25, 34, device="cuda")
+        torch.manual_seed(1)
+        y = drop_block2d(x, 0.3, 5)
+        torch.manual_seed(1)
+        assert torch.equal(drop_block2d(x.contiguous(memory_format=memory_format), 0.3, 5), y)
+
+    def test_manual_seed_and_generator_state(self):
         x = torch.randn(2, 16, 50, 68, device="cuda")
         torch.manual_seed(1)
-        first = drop_block2d(x, 0.3, 5)
-        assert not torch.equal(drop_block2d(x, 0.3, 5), first)
+        first, state = drop_block2d(x, 0.3, 5), torch.cuda.get_rng_state()
+        second = drop_block2d(x, 0.3, 5)
+        assert not torch.equal(second, first)
         torch.manual_seed(1)
         assert torch.equal(drop_block2d(x, 0.3, 5), first)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(drop_block2d(x, 0.3, 5), second)
+        torch.manual_seed(2)
+        assert not torch.equal(drop_block2d(x, 0.3, 5), first)
+
+    def test_pytorchs_own_random_numbers_move_on_and_are_others(self):
+        """Neither takes numbers that the other has drawn or is going to draw."""
+        x = torch.ones(2, 16, 50, 68, device="cuda")
+        torch.manual_seed(3)
+        alone = torch.rand_like(x)
+        torch.manual_seed(3)
+        mask = drop_block2d(x, 0.5, 1) == 0
+        after = torch.rand_like(x)
+        assert not torch.equal(after, alone)
+        for uniform in (alone, after):  # both are halves: agreement has a standard error of 0.12 %
+            assert (mask == (uniform < 0.5)).double().mean().item() == pytest.approx(0.5, abs=0.006)
+
+    def test_checkpointing_draws_the_same_mask(self):
+        x = torch.randn(2, 16, 50, 68, device="cuda", requires_grad=True)
+        for reentrant in (False, True):
+            x.grad = None
+            y = checkpoint(lambda x: drop_block2d(x.exp(), 0.3, 3), x, use_reentrant=reentrant)
+            y.sum().backward()
+            torch.testing.assert_close(x.grad, y)
+
+    def test_autocast(self):
+        x = torch.randn(2, 16, 50, 68, device="cuda")
+        weight = torch.randn(8, 16, 3, 3, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            assert drop_block2d(x, 0.3, 3).dtype == torch.float32
+            assert drop_block2d(torch.conv2d(x, weight), 0.3, 3).dtype == torch.bfloat16
+
+    def test_several_streams(self):
+        """Each stream sees its own masks whole: a mask read too early would not explain its output."""
+        x = torch.rand(4, 64, 100, 136, device="cuda") + 0.5
+        streams = [torch.cuda.Stream() for _ in range(4)]
+        torch.cuda.synchronize()
+        made = []
+        for turn in range(20):
+            with torch.cuda.stream(streams[turn % 4]):
+                made.append(drop_block2d(x, 0.1, 7))
+        torch.cuda.synchronize()
+        for y in made:
+            kept = y != 0
+            torch.testing.assert_close(
+                y.double(), x.double() * kept / kept.double().mean(), rtol=1e-6, atol=0
+            )
+        assert not torch.equal(made[0], made[1])
+
+    @pytest.mark.skipif("torch.cuda.device_count() < 2")
+    def test_a_device_that_is_not_the_current_one(self):
+        x = torch.rand(4, 24, 25, 34, device="cuda:1").add(0.5).requires_grad_()
+        torch.manual_seed(1)
+        y = drop_block2d(x, 0.3, 5)
+        assert y.device == x.device
+        assert torch.cuda.current_device() == 0
+        kept = y != 0
+        torch.testing.assert_close(y, x * kept / kept.double().mean().float(), rtol=1e-6, atol=0)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient != 0, kept)
+
+    def test_launches(self):
+        """Two forward, one backward, whatever p and the memory format."""
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 64, 50, 68, device="cuda").contiguous(memory_format=memory_format)
+            layer, grad = DropBlock2d(0.1, 7), torch.randn_like(x)
+            x.requires_grad_()
+            torch.autograd.grad(layer(x), x, grad)
+            layer.p = 0.2
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                torch.autograd.grad(layer(x), x, grad)
+                torch.cuda.synchronize()
+            kernels = [event.name for event in profile.events() if event.device_time > 0]
+            assert kernels == ["draw_mask", "scaled_copy", "scaled_copy"]
+
+    def test_misaligned_input(self):
+        """A view that begins anywhere: vectors of 16 bytes may not be assumed."""
+        memory = torch.rand(2 * 16 * 24 * 32 + 1, device="cuda", dtype=torch.bfloat16) + 0.5
+        for first in (0, 1):
+            x = memory[first : first + 2 * 16 * 24 * 32].view(2, 16, 24, 32)
+            y = drop_block2d(x, 0.3, 5)
+            kept = y != 0
+            torch.testing.assert_close(
+                y.double(), x.double() * kept / kept.double().mean(), rtol=8e-3, atol=0
+            )
 
     def test_compiled(self):
         torch._dynamo.reset()
@@ -117,9 +214,10 @@ class TestOnAGpu:
         )
         assert torch.equal(reference.mask_from_corners(dropped > 0.9999, block_size, *size), kept)
 
-    def test_more_than_2_to_31_elements(self):
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_more_than_2_to_31_elements(self, memory_format):
         x = torch.ones(9, 256, 1000, 1000, dtype=torch.bfloat16, device="cuda")
-        kept = drop_block2d(x, 0.1, 7)[-1] != 0
+        kept = drop_block2d(x.contiguous(memory_format=memory_format), 0.1, 7)[-1] != 0
         assert (~kept).float().mean().item() == pytest.approx(0.0951, rel=0.01)
 
     def test_a_sample_of_more_than_2_to_31_elements_with_a_shared_mask(self):

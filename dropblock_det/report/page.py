@@ -101,8 +101,10 @@ def render_page(comparison: Comparison, report: Report) -> str:
 
 def _lead(comparison: Comparison, report: Report) -> str:
     seeds, settings = len(comparison.seeds), len(comparison.settings)
+    late = ", ".join(map(str, comparison.late_seeds))
+    later = f" ({late} added after looking)" if late else ""
     lead = (
-        f"{settings} settings, {seeds} seed{'s' * (seeds != 1)}, "
+        f"{settings} settings, {seeds} seed{'s' * (seeds != 1)}{later}, "
         f"{len(comparison.records)} of {settings * seeds} runs finished."
     )
     if comparison.records and not any(note.startswith("Careful") for note in report.notes):

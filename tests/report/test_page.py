@@ -8,11 +8,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from support.invented_outcomes import with_outcomes
 from support.label_runs import label_runs
 from support.synthetic_runs import invented_runs
 
 from dropblock_det.comparison.gather import Absent, gather
-from dropblock_det.report.page import render_page
+from dropblock_det.report.page import render_page, write_report
 from dropblock_det.report.tables import build_report
 
 
@@ -87,6 +88,9 @@ IN_A_BROWSER = """
     const column = i => all("#table tbody tr").map(row => row.cells[i].dataset.value);
     const click = query => { for (const button of all(query)) button.click(); };
     seen.forest = all("#forest circle").length;
+    seen.dotted = all("#forest line[stroke-dasharray]").length;
+    seen.images = document.getElementById("images-text").textContent;
+    seen.details = all("#details tr").map(row => row.cells.length);
     all("#table thead button")[4].click();
     seen.up = column(4).map(Number);
     all("#table thead button")[4].click();
@@ -140,7 +144,8 @@ def test_the_page_works_in_a_browser(tmp_path, seeds):
     runs, report = report_of(invented_runs(tmp_path, seeds=seeds, effects={"dropblock_bs7_kp0.9": 0.05}))
     seen = clicked(tmp_path, render_page(runs, report))
     assert seen["errors"] == []
-    assert seen["forest"] == 6
+    assert (seen["forest"], seen["dotted"], seen["images"]) == (6, 0, "")
+    assert len(seen["details"]) == 6
     assert seen["up"] == sorted(seen["up"])
     assert seen["down"] == sorted(seen["down"], reverse=True)
     assert seen["up"] != seen["down"]
@@ -167,4 +172,16 @@ def test_the_page_of_another_task_works_in_a_browser(tmp_path):
     assert (seen["paths"], seen["cards"], seen["manyBoxes"]) == (3 * 3, 4, 0)
     assert "✓ disc 0.80" in seen["found"]
     assert seen["kinds"] == ["label"]
+    assert seen["wide"] <= 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_other_images_are_on_the_page(tmp_path):
+    report = write_report(with_outcomes(tmp_path / "runs"), tmp_path)
+    seen = clicked(tmp_path, (tmp_path / "report.html").read_text())
+    assert seen["errors"] == []
+    assert seen["dotted"] == 2
+    assert seen["images"] == report.on_other_images("mAP") != ""
+    assert seen["details"] == [6, 6]
     assert seen["wide"] <= 0

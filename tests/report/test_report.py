@@ -8,11 +8,11 @@ import markdown_it
 import msgspec
 import numpy as np
 import pytest
+from support.invented_outcomes import with_outcomes
 from support.label_runs import label_runs
 from support.synthetic_runs import SETTINGS, invented_runs, write_plan
 
 from dropblock_det.comparison.gather import Absent, gather
-from dropblock_det.comparison.plan import run_folder
 from dropblock_det.files import write_figure
 from dropblock_det.report.figure import report_figure
 from dropblock_det.report.page import render_page, write_report
@@ -21,8 +21,6 @@ from dropblock_det.report.results import Evidence
 from dropblock_det.report.statistics import Difference, analyse
 from dropblock_det.report.tables import build_report, to_csv, to_markdown
 from dropblock_det.report.words import in_seeds, interval, pairing, verdict
-from dropblock_det.runs.outcomes import write_outcomes
-from dropblock_det.tasks.evaluation import Outcomes
 from dropblock_det.tasks.metric import Metric
 
 QUALITY = Metric("quality", "quality", "higher")
@@ -233,33 +231,6 @@ def test_another_task_brings_its_own_columns(tmp_path):
     assert "mAP" not in text + render_page(comparison, report)
 
 
-def invented_outcomes(skill, seed, images=60):
-    """One category with an object on every image, found with a chance of ``skill``, and clutter."""
-    noise, shared = np.random.default_rng(seed), np.random.default_rng(9).random(images)
-    hit = np.repeat((shared < skill)[:, None], 10, axis=1)
-    rows = np.arange(2 * images, dtype=np.int32)
-    return Outcomes(
-        columns={"mAP": tuple(range(10)), "AP50": (0,)},
-        images=np.arange(images, dtype=np.int64),
-        categories=("<b>ship</b>",),
-        truths=np.ones((images, 1), np.int32),
-        image=rows // 2,
-        category=np.zeros(2 * images, np.int32),
-        score=noise.random(2 * images).astype(np.float32),
-        hit=np.stack([hit, np.zeros_like(hit)], axis=1).reshape(2 * images, 10),
-        ignored=np.zeros((2 * images, 10), bool),
-    )
-
-
-def with_outcomes(folder, settings=("none", "dropout", "spatial_dropout")):
-    root = invented_runs(folder, settings=settings)
-    for setting in settings:
-        for seed in (0, 1, 2):
-            skill = 0.9 if setting == "dropout" else 0.5
-            write_outcomes(run_folder(root, setting, seed), invented_outcomes(skill, seed))
-    return root
-
-
 def test_other_images_are_spoken_of_where_the_runs_left_what_it_takes(tmp_path):
     write_report(with_outcomes(tmp_path / "runs"), tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -286,7 +257,10 @@ def test_the_mean_of_several_epochs_says_nothing_of_other_images(tmp_path):
 
 def test_late_seeds_and_subsets_that_do_not_vary_are_named(tmp_path):
     comparison, _ = report_of(tmp_path, settings=("none", "dropout"))
-    careful = build_report(replace(comparison, late_seeds=(1, 2), vary_subset=True)).notes
+    comparison = replace(comparison, late_seeds=(1, 2), vary_subset=True)
+    report = build_report(comparison)
+    assert "3 seeds (1, 2 added after looking)" in render_page(comparison, report)
+    careful = report.notes
     assert any(note.startswith("Careful: seeds 1, 2 were added when there were results") for note in careful)
     assert any("was to draw its own training subset, but all have the same data" in note for note in careful)
 

@@ -548,11 +548,13 @@ def test_single_runs_of_a_cluster_merge_into_one_report(tool, tmp_path, capsys):
 
 
 def test_a_failed_run_is_told_and_shows_in_the_exit_status(tool, tmp_path, capsys):
-    base, settings = configs(tmp_path, bad={"fail": "the loss is [not] finite"})
+    base, settings = configs(tmp_path, **{"a[b]d": {"fail": "the loss is [not] finite"}})
     with pytest.raises(SystemExit) as caught:
         tool("run", base, "--runs", tmp_path / "runs", "--settings", settings, "--seeds", 0)
     assert caught.value.code == 1
-    assert "the loss is [not] finite (exit status 2)" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "failed a[b]d seed 0 the loss is [not] finite (exit status 2)" in out
+    assert "failed: a[b]d seed 0: the loss is [not] finite (exit status 2)" in out
 
 
 def test_a_report_that_cannot_be_read_or_written_is_one_line(tool, tmp_path, line_of):

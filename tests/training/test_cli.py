@@ -134,10 +134,11 @@ def test_a_broken_record_is_named(record, run, tmp_path, line_of, monkeypatch):
 
 def test_shorter_ways_to_say_things(run):
     short = ["--on-nonfinite=skip", "--model.lr", "0.1"]
-    assert cli.spelled_out(short, CONFIG) == [f"--config={CONFIG}", "--model.on_nonfinite=skip", *short[1:]]
+    expected = "detection", [f"--config={CONFIG}", "--model.on_nonfinite=skip", *short[1:]]
+    assert cli.spelled_out(short, CONFIG) == expected
     given = ["--config", str(run / "config.yaml"), "--on-nonfinite", "skip"]
-    assert cli.spelled_out(given, CONFIG) == [*given[:2], "--model.on_nonfinite", "skip"]
-    assert cli.spelled_out(["--trainer.devices=2", "--resume", str(run)], CONFIG) == [
+    assert cli.spelled_out(given, CONFIG)[1] == [*given[:2], "--model.on_nonfinite", "skip"]
+    assert cli.spelled_out(["--trainer.devices=2", "--resume", str(run)], CONFIG)[1] == [
         *(f"--config={run}/config.yaml", "--trainer.devices=2", f"--output={run}")
     ]
 
@@ -146,7 +147,7 @@ def test_a_run_is_resumed_in_its_own_folder(run, tmp_path, line_of):
     resume = ["--resume", str(run), "--output", str(tmp_path / "other")]
     assert f"--resume goes on in {run} itself" in line_of(lambda: cli.train(CONFIG, resume))
     assert not (tmp_path / "other").exists()
-    assert cli.spelled_out(["--resume", str(run), f"--output={run}"], CONFIG)[-1] == f"--output={run}"
+    assert cli.spelled_out(["--resume", str(run), f"--output={run}"], CONFIG)[1][-1] == f"--output={run}"
 
 
 def test_a_folder_in_use_is_left_alone(run, scenes, tmp_path, line_of, monkeypatch):

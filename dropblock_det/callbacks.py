@@ -165,7 +165,9 @@ class Regularize(Callback):
         """Logs the share dropped at each site, and warns where it is not what it should be."""
         if self.shares is None:
             return
-        shares, warnings = self.shares.collect(lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
+        shares, warnings = self.shares.collect(
+            pl_module.device, lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
+        )
         for site, share in shares.items():
             pl_module.log(f"drop_share/{site}", share)
         for warning in warnings:

@@ -1,5 +1,6 @@
 """``regularize_``: puts regularizers into a model in place, and takes them out again."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -77,7 +78,9 @@ def install(model: nn.Module, sites: dict[str, float], make: Callable[[], nn.Mod
             parent, _, slot = site.rpartition(".")
             setattr(model.get_submodule(parent), slot, module)
             module.train(model.get_submodule(parent).training)
-        near = next((t for m in (module, model) for t in (*m.parameters(), *m.buffers())), None)
+        near = next(
+            itertools.chain(module.parameters(), module.buffers(), model.parameters(), model.buffers()), None
+        )
         if near is not None and not near.is_meta:
             regularizer.to(near.device)
         change_class(module, regularized)

@@ -201,7 +201,7 @@ def _preset(model: nn.Module, where: str) -> dict[str, float] | None:
     scope, colon, preset = where.rpartition(":")
     for pattern, find in PRESETS.items():
         if match := re.fullmatch(pattern, preset):
-            names = dict(walk(model))
+            names = dict(walk(model)) if scope else {"": model}
             part = names.get(scope)
             if part is None:
                 raise InputError(
@@ -221,8 +221,7 @@ def _backbones(model: nn.Module, preset: str) -> list[Backbone]:
     found = find_backbones(model)
     if not found:
         raise _refuse(model, preset, "no stages are known")
-    twins = [at for at, module in walk(model) if module is not None and find_key(module, TWIN_BACKBONES)]
-    if len(found) > 1 and not any(all(within(b.name, at) for b in found) for at in twins):
+    if len(found) > 1 and not _are_twins(model, found):
         named = ", ".join(b.name or type(model).__name__ for b in found)
         choice = max(found, key=lambda b: len(b.name)).name
         raise InputError(
@@ -230,6 +229,11 @@ def _backbones(model: nn.Module, preset: str) -> list[Backbone]:
             f" at='{choice}:{preset}'"
         )
     return found
+
+
+def _are_twins(model: nn.Module, backbones: list[Backbone]) -> bool:
+    whole = [at for at, module in walk(model) if module is not None and find_key(module, TWIN_BACKBONES)]
+    return any(all(within(backbone.name, at) for backbone in backbones) for at in whole)
 
 
 def _known(model: nn.Module, backbone: Backbone, number: int, preset: str) -> list[str]:

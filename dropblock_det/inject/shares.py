@@ -83,29 +83,31 @@ class SiteShares:
         self._sums.index_add_(0, rows, torch.stack([dropped.float(), alive.float(), expected], 1))
         return dropped.sum() / alive.sum()
 
-    def collect(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], list[str]]:
+    def collect(
+        self, device: torch.device, add_up: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, float], list[str]]:
         """What was counted since the last call.
 
         Args:
-            reduce: Adds up a tensor of sums over processes.
+            device: Where the model is.
+            add_up: Adds up a tensor over the processes, all of which must call this.
 
         Returns:
             Site -> share dropped, without the sites where nothing but zeros arrived; and warnings, each once,
             of sites that do not drop what they should.
         """
-        sums, masks = self._sums, self._masks
+        sums = torch.zeros(len(self._masks), 3, device=device) if self._sums is None else self._sums
+        counts, masks = add_up(sums).tolist(), self._masks
         self._sums, self._masks = None, [0] * len(masks)
         shares, odd, empty = {}, {}, []
-        for site, (dropped, alive, expected), n in zip(
-            self._handle.sites, [] if sums is None else reduce(sums).tolist(), masks, strict=False
-        ):
+        for site, (dropped, alive, expected), n in zip(self._handle.sites, counts, masks, strict=True):
             if alive == 0:
-                empty += [site] * (n > 0)
+                empty += [site] if n else []
                 continue
             share = shares[site] = dropped / alive
             wanted = expected / alive
             # Five standard errors, if a mask of its own map by map were all or nothing.
-            if abs(share - wanted) > 0.2 * wanted + 5 * math.sqrt(wanted * (1 - min(1.0, wanted)) / n):
+            if abs(share - wanted) > 0.2 * wanted + 5 * math.sqrt(wanted * max(0.0, 1 - wanted) / max(1, n)):
                 odd[site] = f"{share:.3f} and not {wanted:.3f}"
         warnings = [
             self._warning(dict.fromkeys(empty, ""), "nothing but zeros arrives"),

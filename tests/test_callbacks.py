@@ -268,7 +268,6 @@ def test_the_share_of_each_site_is_logged(tmp_path):
     for logged in values.logged:
         assert logged["drop_share/net.1"] == pytest.approx(0.142, abs=0.012)
         assert logged["drop_share/net.4"] == pytest.approx(0.272, abs=0.027)
-    assert values.logged[0]["drop_share/net.1"] != values.logged[1]["drop_share/net.1"], "an epoch's own"
 
 
 def test_logging_every_0_steps_logs_epochs_only(tmp_path):

@@ -1,64 +1,70 @@
 """The README's recipes: a regularizer, a schedule and a placement are each one registration in one place."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
+from dropblock_det import layers, schedule
 from dropblock_det.callbacks import Regularize
 from dropblock_det.errors import InputError
+from dropblock_det.inject import placement
 from dropblock_det.inject.inject import regularize_
-from dropblock_det.inject.placement import PRESETS
-from dropblock_det.layers import REGULARIZERS, DropBlock2d, make_regularizer
-from dropblock_det.schedule import P_SCHEDULES, scheduled_p
+from dropblock_det.layers import DropBlock2d, make_regularizer
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-class GaussianNoise(nn.Module):
-    """A regularizer: multiplies by noise of mean 1."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        return x * (1 + self.p * torch.randn_like(x)) if self.training else x
+def follow(recipe):
+    """Runs the README's code."""
+    code = re.search(f"<!-- recipe: {recipe} -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    assert code.count("\n") <= 10
+    exec(code, {"torch": torch})
 
 
-def test_add_a_regularizer(monkeypatch):
+@pytest.fixture(autouse=True)
+def _tables_afterwards_as_they_were():
+    tables = (layers.REGULARIZERS, schedule.P_SCHEDULES, placement.PRESETS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def test_add_a_regularizer():
     with pytest.raises(InputError, match="regularizer must be one of"):
-        make_regularizer("noise", 0.2)
-    monkeypatch.setitem(REGULARIZERS, "noise", lambda p, **dropblock: GaussianNoise(p))
-
+        make_regularizer("alpha_dropout", 0.2)
+    follow("regularizer")
     model = resnet18(num_classes=3).train()
-    handle = regularize_(model, lambda: make_regularizer("noise", 0.2))
+    handle = regularize_(model, lambda: make_regularizer("alpha_dropout", 0.2))
     x = torch.randn(2, 3, 64, 64)
     model(x).sum().backward()
     assert handle.idle_sites == ()
-    assert not torch.equal(model(x), model(x))
+    assert "AlphaDropout(p=0.2" in repr(handle)
 
 
-def test_add_a_schedule(monkeypatch):
+def test_add_a_schedule():
     with pytest.raises(InputError, match="schedule: got 'square'"):
         Regularize("dropblock", schedule="square")
-    monkeypatch.setitem(P_SCHEDULES, "square", lambda progress, **_: progress**2)
-    assert scheduled_p(0.4, 5, 11, "square") == pytest.approx(0.1)
-    Regularize("dropblock", schedule="square")
+    follow("schedule")
+    assert schedule.scheduled_p(0.4, 5, 11, "square") == pytest.approx(0.1)
 
 
-def test_add_a_placement(monkeypatch):
-    model = resnet18()
+def test_add_a_placement():
     with pytest.raises(InputError, match="matches no module"):
-        regularize_(model, DropBlock2d, "stem")
-    monkeypatch.setitem(PRESETS, "stem", lambda model: {"bn1": 1.0})
-    assert regularize_(model, DropBlock2d, "stem").sites == ("bn1",)
+        regularize_(resnet18(), DropBlock2d, "stem")
+    follow("placement")
+    assert regularize_(resnet18(), DropBlock2d, "stem").sites == ("bn1",)
 
 
-def test_all_three_in_a_training(monkeypatch, tmp_path):
-    monkeypatch.setitem(REGULARIZERS, "noise", lambda p, **dropblock: GaussianNoise(p))
-    monkeypatch.setitem(P_SCHEDULES, "square", lambda progress, **_: progress**2)
-    monkeypatch.setitem(PRESETS, r"first(\d)", lambda model, n: {f"net.layer{n}.0.bn1": 1.0})
+def test_all_three_in_a_training(tmp_path):
+    for recipe in ("regularizer", "schedule", "placement"):
+        follow(recipe)
     seen = []
 
     class Theirs(LightningModule):
@@ -67,7 +73,7 @@ def test_all_three_in_a_training(monkeypatch, tmp_path):
             self.net = resnet18(num_classes=3)
 
         def training_step(self, batch, batch_idx):
-            seen.append(self.net.layer2[0].bn1.regularizer.p)
+            seen.append((type(self.net.bn1.regularizer).__name__, self.net.bn1.regularizer.p))
             return self.net(batch).square().mean()
 
         def configure_optimizers(self):
@@ -76,7 +82,7 @@ def test_all_three_in_a_training(monkeypatch, tmp_path):
     trainer = Trainer(
         max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        callbacks=[Regularize("noise", p=0.4, at="first2", schedule="square")],
+        callbacks=[Regularize("alpha_dropout", p=0.4, at="net:stem", schedule="square")],
     )  # fmt: skip
     trainer.fit(Theirs(), DataLoader(torch.rand(6, 3, 32, 32), batch_size=2))
-    assert seen == pytest.approx([0.0, 0.1, 0.4])
+    assert seen == [("AlphaDropout", pytest.approx(0.4 * share)) for share in (0, 0.25, 1)]

@@ -118,7 +118,7 @@ def test_every_mask_is_the_references_bit_for_bit(device, shape, block_size, p, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("gamma", [0.0005, 0.003, 0.04, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("gamma", [0.003, 0.04, 0.5, 0.9])
 def test_corners_are_independent_bernoulli(device, gamma, monkeypatch):
     """Rate, each plane, pairs of planes, of pixels, of seeds and of offsets: within 4.5 standard errors."""
     from dropblock_det.ops import cuda
@@ -126,7 +126,7 @@ def test_corners_are_independent_bernoulli(device, gamma, monkeypatch):
     if INTERPRETED:  # its time goes by programs
         monkeypatch.setattr(cuda, "TILES", (1 << 15, 1 << 15))
         cuda.plan.cache_clear()
-    pixels = 1 << 17 if gamma < 0.1 else 1 << 15
+    pixels = 1 << 16 if gamma < 0.1 else 1 << 15
     corners = draw(gamma, (64, 1, pixels), 1, device, seed=77).double().squeeze(1)
 
     def check(observed: Tensor, expected: float, samples: int) -> None:

@@ -43,7 +43,7 @@ def successes(count: int, gamma: float, generator: torch.Generator) -> NDArray[n
     while last < count:
         expected = (count - 1 - last) * gamma
         draws = int(expected + 5 * math.sqrt(expected)) + 16
-        uniform = torch.rand(draws, dtype=torch.float64, generator=generator).numpy()
+        uniform = torch.rand(draws, dtype=torch.float64, device="cpu", generator=generator).numpy()
         with np.errstate(divide="ignore"):  # of a 0 the gap is infinite; below 1: no gap is 0
             gaps = np.ceil(np.log(uniform) / math.log1p(-gamma))
         found.append(np.cumsum(gaps) + last)
@@ -64,7 +64,7 @@ def draw_dropped(gamma: float, seed: int, shape: Sequence[int], block_size: Bloc
     generator = torch.Generator().manual_seed(seed)
     if gamma > DENSE:
         grid = (planes, grid_h, grid_w, inner)
-        corners = torch.rand(grid, dtype=torch.float32, generator=generator) < gamma
+        corners = torch.rand(grid, dtype=torch.float32, device="cpu", generator=generator) < gamma
         return widened(widened(corners, 1, kh), 2, kw)
     index = successes(planes * grid_h * grid_w * inner, gamma, generator)
     # From the index among the positions where a block fits to the offset in the map: every row and plane
@@ -73,7 +73,9 @@ def draw_dropped(gamma: float, seed: int, shape: Sequence[int], block_size: Bloc
     index += row * ((width - grid_w) * inner) + row // grid_h * ((height - grid_h) * width * inner)
     offsets = torch.from_numpy(index)
     if dense:
-        return fill_blocks(torch.zeros(shape, dtype=torch.bool), offsets, shape, block_size, True)
+        return fill_blocks(
+            torch.zeros(shape, dtype=torch.bool, device="cpu"), offsets, shape, block_size, True
+        )
     return offsets
 
 
@@ -115,7 +117,7 @@ def pieces(corners: Tensor, shape: Sequence[int]) -> Iterator[tuple[int, int, Te
     if len(bounds) == 2:  # a small map is spared the calls below
         yield *bounds, corners
         return
-    inside = torch.searchsorted(corners, torch.tensor(bounds)).tolist()
+    inside = np.searchsorted(corners.numpy(), bounds).tolist()
     for (begin, end), (first, last) in zip(pairwise(bounds), pairwise(inside), strict=True):
         yield begin, end, corners[first:last] - begin
 
@@ -124,7 +126,7 @@ def count_dropped(mask: Tensor, shape: Sequence[int], block_size: BlockSize) -> 
     """How many elements are dropped by what ``draw_dropped`` returned for this ``shape``."""
     if mask.dtype == torch.bool:
         return count_true(mask.view(-1))
-    count, memory = 0, torch.empty(0, dtype=torch.bool)
+    count, memory = 0, torch.empty(0, dtype=torch.bool, device="cpu")
     for begin, end, corners in pieces(mask, shape):
         memory = memory[: end - begin] if begin else memory.new_empty(end)  # the first piece is the largest
         count += count_true(fill_blocks(memory.zero_(), corners, shape, block_size, True))
@@ -171,7 +173,9 @@ def drop(x: Tensor, p: float | Tensor, block_size: BlockSize, calibration: str, 
     channels_last = is_channels_last(x)
     shape = mask_shape(x, per_channel, channels_last)
     gamma = corner_probability(clamped(p), block_size, *shape[1:3], calibration)
-    dropped = draw_dropped(gamma, int(torch.randint(2**62, ())), shape, block_size, dense=not per_channel)
+    dropped = draw_dropped(
+        gamma, int(torch.randint(2**62, (), device="cpu")), shape, block_size, dense=not per_channel
+    )
     elements = math.prod(shape)
     scale = elements / max(elements - count_dropped(dropped, shape, block_size), 1)
     apply = partial(apply_mask, scale=scale, block_size=block_size, channels_last=channels_last)
@@ -206,7 +210,7 @@ def draw_mask(
     dropped = draw_dropped(gamma, int(seed), flat, block_size, dense=True)
     kept = dropped.numel() - count_dropped(dropped, flat, block_size)
     mask = dropped.logical_not_().view((n, height, width, c) if channels_last else (n, c, height, width))
-    return mask.permute(0, 3, 1, 2) if channels_last else mask, torch.tensor(kept)
+    return mask.permute(0, 3, 1, 2) if channels_last else mask, torch.tensor(kept, device="cpu")
 
 
 @draw_mask.register_fake

@@ -155,6 +155,19 @@ def test_manual_seed_and_generator_state(path):
     assert torch.equal(drop_block2d(x, 0.3, 5), second)
 
 
+@pytest.mark.parametrize(
+    ("block_size", "p", "per_channel"), [(1, 0.5, True), (3, 0.1, True), (3, 0.1, False)]
+)
+def test_the_default_device_does_not_matter(path, block_size, p, per_channel):
+    """What the path makes for itself lies where ``x`` does."""
+    x, drawn = torch.randn(2, 4, 9, 9), []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(16)
+        with torch.device(device):
+            drawn.append(drop_block2d(x, p, block_size, per_channel=per_channel))
+    assert torch.equal(*drawn)
+
+
 def test_identity_cases(path):
     x = torch.randn(2, 3, 5, 5)
     empty = torch.randn(0, 3, 5, 5)

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from support.detectors import batch
 from support.tiny_run import arguments, train
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 from dropblock_det.datasets.coco_dataset import CocoDataset, collate
@@ -68,6 +69,17 @@ def test_a_loss_that_is_not_finite_can_be_skipped(nan_at_the_third_step, scenes,
 def small_module():
     categories = [{"label": 1, "id": 1, "name": "disk"}]
     return DetectionModule(categories, min_size=64, max_size=64, anchor_sizes=SIZES)
+
+
+def test_a_checkpoint_that_names_no_detector_is_a_retinanets():
+    """As those written before there were others."""
+    module = small_module()
+    earlier = {"trainable_stages": 5, "norm": "batch", "score_thresh": 0.05}
+    settings = {name: value for name, value in module.hparams.items() if name != "name"} | earlier
+    content = {"hyper_parameters": settings, "state_dict": module.state_dict()}
+    again = DetectionModule.from_checkpoint(content)
+    assert isinstance(again.detector, RetinaNet)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
 
 
 def test_an_image_of_one_pixel_by_ten_thousand(content, write, line_of):

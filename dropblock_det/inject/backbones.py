@@ -185,7 +185,9 @@ def find_backbones(model: nn.Module) -> list[Backbone]:
         if not any(within(root, holder) or within(holder, root) for holder in taken):
             stages = {n: [at for at, number in numbers.items() if number == n] for n in numbers.values()}
             backbones.append(Backbone(root, stages, _stages_of_chain(root, modules[root], numbers)))
-    return [backbone for backbone in backbones if any(backbone.stages.values())]
+    # A backbone with two names is one.
+    first = {id(modules[backbone.name]): backbone for backbone in reversed(backbones)}
+    return [b for b in backbones if first[id(modules[b.name])] is b and any(b.stages.values())]
 
 
 def _holds(chain: str, named: dict[str, dict[int, list[str]]]) -> bool:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
+from typing import TypeGuard
 
 from torch import nn
 
@@ -94,19 +95,23 @@ def find_sites(model: nn.Module, at: At) -> dict[str, float]:
 
 def _entries(at: At) -> list[tuple[Where, float]]:
     """What ``at`` lists, each with its factor."""
-    if isinstance(at, str) or callable(at):
+    if _is_where(at):
         return [(at, 1.0)]
-    if not isinstance(at, Iterable):
+    if isinstance(at, bytes) or not isinstance(at, Iterable):
         raise InputError(f"at must be a preset, a pattern, a filter, or several of these, not {at!r}")
     factors = dict(at) if isinstance(at, Mapping) else dict.fromkeys(at, 1.0)
     for where, factor in factors.items():
-        if not (isinstance(where, str) or callable(where)):
+        if not _is_where(where):
             raise InputError(
                 f"at: got {where!r}, give a preset, a pattern or a filter (name, module) -> bool"
             )
         if not isinstance(factor, Real) or not 0 <= float(factor) < math.inf:
             raise InputError(f"at: the factor of {where!r} must be a number of at least 0, not {factor!r}")
     return list(factors.items())
+
+
+def _is_where(value: object) -> TypeGuard[Where]:
+    return isinstance(value, str) or (callable(value) and not isinstance(value, nn.Module))
 
 
 def _paper(model: nn.Module) -> dict[str, float]:
@@ -212,7 +217,8 @@ def _preset(model: nn.Module, where: str) -> dict[str, float] | None:
                 raise _refuse(part, preset, "nothing of that kind was found")
             return {join(scope, site): factor for site, factor in sites.items()}
     if colon:
-        raise InputError(f"at={where!r}: {preset} is no preset; there are {', '.join(PRESETS)}")
+        presets = ", ".join(re.sub(r"\(.*\)", "N", pattern) for pattern in PRESETS)
+        raise InputError(f"at={where!r}: {preset!r} is no preset; there are {presets}")
     return None
 
 
@@ -311,7 +317,7 @@ def _matches(model: nn.Module, names: dict[str, nn.Module | None], where: Where)
 
 
 def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, filter(None, names), n=3, cutoff=0.4)
     return f"; the nearest names are {', '.join(near)}" if near else ""
 
 

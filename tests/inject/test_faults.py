@@ -181,7 +181,19 @@ def test_setting_p_is_all_or_nothing(resnet):
 
 
 @pytest.mark.parametrize(
-    "at", [5, None, [3], [["paper"]], {"paper": "1"}, {"paper": -1}, {"paper": float("inf")}]
+    "at",
+    [
+        5,
+        None,
+        b"paper",
+        nn.ReLU(),
+        [nn.ReLU()],
+        [3],
+        [["paper"]],
+        {"paper": "1"},
+        {"paper": -1},
+        {"paper": float("inf")},
+    ],
 )
 def test_an_at_that_is_none_is_refused(resnet, at):
     with pytest.raises((InputError, TypeError), match=r"at|unhashable"):

@@ -226,8 +226,32 @@ def test_several_backbones_are_named_and_chosen():
     assert len(find_sites(model, ["student:paper", "teacher:paper"])) == 12 + 34
     with pytest.raises(InputError, match="tutor is no module of ModuleDict"):
         find_sites(model, "tutor:paper")
-    with pytest.raises(InputError, match="papers is no preset; there are paper, "):
+    with pytest.raises(InputError, match="'papers' is no preset; there are paper, paper_groups, stageN, "):
         find_sites(model, "student:papers")
+
+
+def test_a_backbone_with_two_names_is_one():
+    with torch.device("meta"):
+        backbone = torchvision.models.resnet18()
+    model = nn.ModuleDict({"left": backbone, "right": backbone})
+    assert list(find_sites(model, "paper")) == [f"left.{site}" for site in find_sites(backbone, "paper")]
+
+
+def test_pool_is_every_pooling_that_lowers_the_resolution():
+    def part(inputs, outputs):
+        for channels in (inputs, outputs):
+            yield from (nn.Conv2d(channels, outputs, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(outputs))
+        yield nn.MaxPool2d(2)
+
+    model = nn.Sequential(*part(3, 4), *part(4, 8), nn.MaxPool2d(3, 1, 1), nn.Flatten(), nn.Linear(512, 2))
+    handle = regularize_(model, lambda: DropBlock2d(0.5, 1), "pool")
+    assert handle.sites == ("6", "13")
+    dropped = []
+    model[13].regularizer.register_forward_hook(lambda m, i, y: dropped.append((y == 0).float().mean()))
+    model.train()(torch.rand(8, 3, 32, 32))
+    assert dropped[0] > 0.4
+    with pytest.raises(InputError, match="at='paper': no stages are known"):
+        find_sites(model, "paper")
 
 
 @pytest.mark.parametrize("at", ["layers.1.blocks.0", "layers.*.blocks.*", "layers.1.blocks.0.drop_path1"])

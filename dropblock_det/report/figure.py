@@ -40,13 +40,8 @@ def report_figure(comparison: Comparison, report: Report) -> Figure:
         lines, [""] * len(lines), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
     for text, setting in zip(legend.get_texts(), colours, strict=True):
-        text.set_text(_plain(setting))  # given as a label, a name that begins with _ would be left out
+        text.set_text(printable(setting))  # given as a label, a name that begins with _ would be left out
     return figure
-
-
-def _plain(name: str) -> str:
-    """A name that matplotlib does not read as a formula."""
-    return printable(name).replace("$", r"\$")
 
 
 def _curves(axes: Axes, comparison: Comparison, metric: Metric, colours: dict[str, str]) -> None:
@@ -61,7 +56,7 @@ def _curves(axes: Axes, comparison: Comparison, metric: Metric, colours: dict[st
         axes.plot(epochs, means, color=colour, linewidth=width, marker="." if len(epochs) < 8 else "")
         lows, highs = [min(seen[e]) for e in epochs], [max(seen[e]) for e in epochs]
         axes.fill_between(epochs, lows, highs, color=colour, alpha=0.1, linewidth=0)
-    axes.set_title(f"{_plain(metric.title)} (mean; band: lowest to highest seed)", fontsize=10)
+    axes.set_title(f"{printable(metric.title)} (mean; band: lowest to highest seed)", fontsize=10)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
@@ -81,10 +76,11 @@ def _differences(axes: Axes, report: Report, metric: Metric, colours: dict[str, 
         fill = colour if difference.shown else "white"
         axes.plot(mean, height, "o", color=colour, markerfacecolor=fill, markersize=8, markeredgewidth=2)
     axes.axvline(0, color="0.4", linewidth=1)
-    axes.set_yticks(range(len(others)), [_plain(result.setting) for result in others], fontsize=9)
+    axes.set_yticks(range(len(others)), [printable(result.setting) for result in others], fontsize=9)
     axes.set_ylim(len(others) - 0.4, -0.6)
     better = f"; {metric.better} is better" if metric.better else ""
-    axes.set_title(f"{_plain(metric.title)}: difference from {REFERENCE}, 95 % interval{better}", fontsize=10)
+    title = f"{printable(metric.title)}: difference from {REFERENCE}, 95 % interval{better}"
+    axes.set_title(title, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(6))  # more would run into each other
     axes.set_xlabel("filled dot: a difference is shown", fontsize=9)
     axes.grid(alpha=0.25, axis="x")

@@ -107,7 +107,7 @@ def on_other_images(metric: Metric, images: OtherImages) -> str:
     ]
     parts = ["the difference would keep its sign for " + "; ".join(firm)] if firm else []
     if rest := len(found) - len(firm):
-        parts.append(f"{rest} of {len(found)} differences might be 0 or turn")
+        parts.append(f"{rest} of {len(found)} differences might be 0 or have the other sign")
     title = printable(metric.title)
     return f"{title} on other images (these models, {images.images} images resampled): {'. '.join(parts)}."
 

@@ -237,7 +237,7 @@ def test_other_images_are_spoken_of_where_the_runs_left_what_it_takes(tmp_path):
     assert "mAP on other images (these models, 60 images resampled): the difference would keep" in text
     assert "its sign for dropout +0." in text
     assert "keeps the trained models" in text
-    assert "1 of 2 differences might be 0 or turn" in text
+    assert "1 of 2 differences might be 0 or have the other sign" in text
     assert "\\<b\\>ship\\</b\\> | 60 | +" in text
     page = (tmp_path / "report.html").read_text()
     assert "<td>&lt;b&gt;ship&lt;/b&gt;</td><td>60</td>" in page
@@ -284,7 +284,8 @@ def test_names_from_outside_are_no_markdown(tmp_path):
     assert page.count("<tr>") == text.count("\n| ") - 3  # the lines of dashes; no name broke a row
     figure = report_figure(comparison, report)
     write_figure(tmp_path / "x.png", figure)  # a formula would stop it
-    assert any("$\\frac{$" in text.get_text().replace("\\$", "$") for text in figure.legends[0].get_texts())
+    names = [text.get_text() for text in (*figure.legends[0].get_texts(), *figure.axes[1].get_yticklabels())]
+    assert sum("`$\\frac{$`" in name and "\n" not in name for name in names) == 2
 
 
 def test_json_is_strict(tmp_path):

@@ -42,6 +42,7 @@ from dropblock_det.training.launch import (
     refusals,
     sole_use,
 )
+from dropblock_det.training.peers import Peers
 from dropblock_det.training.tasks import Task, task_classes
 
 # A setting can name a class, and to import a module is to run it: nothing outside these is imported.
@@ -118,7 +119,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, the record and a progress bar."""
         recorder = RunRecord(self.output)
-        callbacks: list[Callback] = [Sound(), recorder, Checkpoints(recorder)]
+        callbacks: list[Callback] = [Sound(), Peers(self.output), recorder, Checkpoints(recorder)]
         if self.config["trainer"]["enable_progress_bar"] is not False:
             callbacks.append(RichProgressBar())
         self.trainer_defaults["callbacks"] = callbacks

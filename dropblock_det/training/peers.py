@@ -1,0 +1,87 @@
+"""Several processes, perhaps on several machines: who is cut off from the others ends, and says so."""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+INTERVAL_S, LIMIT_S = 5, 30
+ALIVE, DONE = b".", b"!"
+
+
+class Peers(Callback):
+    """Keeps a connection between the first process and every other, on which both say that they are alive.
+
+    A backend waits for a process that is cut off or hangs as long as its time limit, ten or thirty minutes;
+    it must, for it can't tell that from a long evaluation. A thread of its own can.
+
+    Args:
+        folder: The run's folder, for the message.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._connections: list[socket.socket] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Connects, once the processes know each other, and starts to listen."""
+        if trainer.world_size == 1:
+            return
+        server = socket.create_server(("", 0)) if trainer.is_global_zero else None
+        port = trainer.strategy.broadcast(server.getsockname()[1] if server else 0)
+        if server:
+            with server:
+                server.settimeout(LIMIT_S)
+                self._connections = [server.accept()[0] for _ in range(trainer.world_size - 1)]
+        else:
+            self._connections = [socket.create_connection((os.environ["MASTER_ADDR"], port), LIMIT_S)]
+        for connection in self._connections:
+            connection.settimeout(INTERVAL_S)
+            listener = threading.Thread(
+                target=self._listen, args=(connection, trainer.global_rank), daemon=True
+            )
+            listener.start()
+
+    def _listen(self, connection: socket.socket, rank: int) -> None:
+        silent_s = 0
+        while silent_s < LIMIT_S:
+            try:
+                connection.sendall(ALIVE)
+                heard = connection.recv(4096)
+            except TimeoutError:
+                silent_s += INTERVAL_S
+                continue
+            except OSError:
+                heard = b""
+            if DONE in heard:
+                return
+            time.sleep(INTERVAL_S)
+            if not heard:  # it has died, and most backends have said so by now
+                break
+            silent_s = 0
+        print(
+            f"error: process {rank} lost another, which has died or is cut off; "
+            f"--resume {self.folder} goes on from the last epoch",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Says goodbye: others may take longer to end."""
+        self._goodbye()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says goodbye: this process ends with a line of its own."""
+        self._goodbye()
+
+    def _goodbye(self) -> None:
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.sendall(DONE)
+        self._connections = []

@@ -110,7 +110,9 @@ def units(name: str, module: nn.Module) -> Iterator[str | Gap]:
         ]
     joins = block is not None and block.joins_input(module)
     shown = block is None or block.units is None or not has_known_forward(module)
-    yield from inside[:-1] if joins and shown else inside
+    if joins and shown and inside and not isinstance(inside[-1], Gap):
+        inside.pop()
+    yield from inside
     if joins:
         yield name
     if block and block.skip:
@@ -121,7 +123,8 @@ def _unit(name: str, unit: str, module: nn.Module) -> Iterator[str | Gap]:
     """A unit of a block by its child's name; a child that holds convolutions holds units."""
     child = module.get_submodule(unit)
     if unit and has_convolution(child) and not isinstance(child, nn.Conv2d):
-        yield from units(join(name, unit), child)
+        found = list(units(join(name, unit), child))
+        yield from found or [Gap(join(name, unit), "its convolutions end in no unit of its own")]
     else:
         yield join(name, unit)
 

@@ -127,7 +127,7 @@ def _trace(module: nn.Module, replaced: dict[str, nn.Module]) -> fx.Graph:
     except Exception as error:  # whatever somebody's forward raises when its input is a proxy
         reason = " ".join(str(error).split())[:120]
         raise NotUnderstoodError(f"its forward cannot be traced ({reason or type(error).__name__})") from None
-    if sum(node.op == "placeholder" and node.name not in defaults for node in graph.nodes) != 1:
+    if sum(node.op == "placeholder" and node.target not in defaults for node in graph.nodes) != 1:
         raise NotUnderstoodError("its forward takes several inputs")
     return graph
 

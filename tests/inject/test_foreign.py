@@ -159,6 +159,21 @@ def test_one_block_that_is_not_understood_is_enough():
     assert find_sites(model, "stage3"), "a stage that is understood"
 
 
+def test_a_convolution_in_a_sequential_of_its_own_is_not_left_out():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Sequential(nn.Conv2d(2048, 2048, 1)), nn.BatchNorm2d(2048)
+
+        def forward(self, x):
+            return x + self.norm(self.conv(x))
+
+    model = torchvision.models.resnet50(weights=None)
+    model.layer4[2] = Odd()
+    with pytest.raises(InputError, match=r"layer4\.2\.conv is not understood"):
+        find_sites(model, "paper")
+
+
 def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_base():
     class Wide(torchvision.models.resnet.BasicBlock):
         def forward(self, x):

@@ -32,11 +32,13 @@ class Labelled(NamedTuple):
         images: uint8 ``(N, C, H, W)``.
         labels: int64 ``(N,)``, from 0.
         names: of the classes, by label.
+        ids: int64 ``(N,)``, the images' numbers in the whole data set.
     """
 
     images: Tensor
     labels: Tensor
     names: tuple[str, ...]
+    ids: Tensor
 
 
 class Draw(NamedTuple):
@@ -51,32 +53,36 @@ Batch = tuple[Tensor, Tensor, list[int]]
 """Images uint8 ``(B, C, H, W)``, labels int64 ``(B,)``, and the images' numbers."""
 
 
-def load_cifar10(root: Path, train: bool, download: bool, size: int | None) -> Labelled:
+Choose = Callable[[int], Tensor]
+"""From the number of images there are: the numbers of those that are wanted, int64."""
+
+
+def load_cifar10(root: Path, train: bool, download: bool, size: int | None, choose: Choose) -> Labelled:
     """CIFAR-10 from its own files, as torchvision fetches and checks them."""
     data = CIFAR10(str(root), train=train, download=download)
-    return Labelled(
-        torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor(data.targets),
-        tuple(data.classes),
-    )
+    ids = choose(len(data.targets))
+    images = torch.from_numpy(data.data)[ids].permute(0, 3, 1, 2).contiguous()
+    return Labelled(images, torch.tensor(data.targets)[ids], tuple(data.classes), ids)
 
 
-def load_mnist(root: Path, train: bool, download: bool, size: int | None) -> Labelled:
+def load_mnist(root: Path, train: bool, download: bool, size: int | None, choose: Choose) -> Labelled:
     """MNIST from its own files, as torchvision fetches and checks them."""
     data = MNIST(str(root), train=train, download=download)
-    return Labelled(data.data.unsqueeze(1), data.targets, tuple(data.classes))
+    ids = choose(len(data.targets))
+    return Labelled(data.data[ids].unsqueeze(1), data.targets[ids], tuple(data.classes), ids)
 
 
-def load_folder(root: Path, train: bool, download: bool, size: int | None) -> Labelled:
+def load_folder(root: Path, train: bool, download: bool, size: int | None, choose: Choose) -> Labelled:
     """``root/train/CLASS/*`` and ``root/test/CLASS/*``, resized to ``size`` pixels a side if given."""
     data = ImageFolder(str(root / ("train" if train else "test")))
+    ids = choose(len(data.targets))
     images: Tensor | None = None
-    for number, (file, _) in enumerate(data.samples):
+    for number, file in enumerate(data.samples[index][0] for index in ids.tolist()):
         image = read_image(Path(file))
         if size is not None:
             image = resize(image, [size, size], antialias=True)
         if images is None:
-            shape = (len(data.samples), *image.shape)
+            shape = (len(ids), *image.shape)
             if np.prod(shape, dtype=float) > MAX_BYTES:
                 raise InputError(f"{root}: takes more than {MAX_BYTES >> 30} GiB decoded; give a data.size")
             images = torch.empty(shape, dtype=torch.uint8)
@@ -85,26 +91,27 @@ def load_folder(root: Path, train: bool, download: bool, size: int | None) -> La
             raise InputError(f"{file}: {found} pixels, the first image has {first}; give a data.size for all")
         images[number] = image
     assert images is not None  # ImageFolder raises where there is no image
-    return Labelled(images, torch.tensor(data.targets), tuple(data.classes))
+    return Labelled(images, torch.tensor(data.targets)[ids], tuple(data.classes), ids)
 
 
-SOURCES: dict[str, Callable[[Path, bool, bool, int | None], Labelled]] = {
+SOURCES: dict[str, Callable[[Path, bool, bool, int | None, Choose], Labelled]] = {
     "cifar10": load_cifar10,
     "mnist": load_mnist,
     "folder": load_folder,
 }
-"""Name -> ``(root, train or test, download, size) -> images``."""
-
-
-def _categories(data: Labelled) -> list[dict[str, Any]]:
-    return [{"label": number, "id": number, "name": name} for number, name in enumerate(data.names)]
+"""Name -> ``(root, train or test, download, size, choose) -> images``."""
 
 
 class InMemory(Dataset[Batch]):
     """A whole data set as one tensor; an item is a batch."""
 
-    def __init__(self, data: Labelled, chosen: Tensor) -> None:
-        self.images, self.labels, self.ids = data.images[chosen], data.labels[chosen], chosen
+    def __init__(self, data: Labelled) -> None:
+        self.images, self.labels, self.names, self.ids = data
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """One ``{"label", "id", "name"}`` per class; plain, so that it can travel in a checkpoint."""
+        return [{"label": number, "id": number, "name": name} for number, name in enumerate(self.names)]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -234,53 +241,43 @@ class ClassificationDataModule(LightningDataModule):
         self.train_subset_seed = subset_seed if train_subset_seed is None else train_subset_seed
 
     @cached_property
-    def train_images(self) -> Labelled:
-        """All training images, read when first asked for."""
-        return self._load(train=True)
-
-    @cached_property
-    def val_images(self) -> Labelled:
-        """All test images, read when first asked for."""
-        return self._load(train=False)
-
-    @cached_property
     def train_dataset(self) -> InMemory:
-        """The chosen training images."""
-        return self._choose(self.train_images, self.train_subset, self.train_subset_seed, "train_subset")
+        """The training images, read when first asked for."""
+        return self._load(True, self.train_subset, self.train_subset_seed)
 
     @cached_property
     def val_dataset(self) -> InMemory:
-        """The chosen test images."""
-        return self._choose(self.val_images, self.val_subset, self.subset_seed, "val_subset")
+        """The test images, read when first asked for."""
+        return self._load(False, self.val_subset, self.subset_seed)
 
-    def _load(self, train: bool) -> Labelled:
+    def _load(self, train: bool, subset: int | None, seed: int) -> InMemory:
+        def choose(size: int) -> Tensor:
+            if subset is None:
+                return torch.arange(size)
+            if subset > size:
+                name = f"data.{'train' if train else 'val'}_subset"
+                raise InputError(f"{name}: got {subset}, the data set has {size} images; give 1 to {size}")
+            order = np.random.default_rng(seed).permutation(size)
+            return torch.from_numpy(np.sort(order[:subset]))
+
         try:
-            return SOURCES[self.source](self.root, train, self.download, self.size)
+            return InMemory(SOURCES[self.source](self.root, train, self.download, self.size, choose))
         except (RuntimeError, FileNotFoundError) as error:  # torchvision's words for missing or altered files
             reason = " ".join(str(error).split())[:200]
-            hint = (
-                "check data.root" if self.source == "folder" else "check data.root, or set data.download=true"
-            )
-            raise InputError(f"{self.root}: no {self.source} data set: {reason}; {hint}") from None
-
-    def _choose(self, data: Labelled, subset: int | None, seed: int, name: str) -> InMemory:
-        size = len(data.labels)
-        if subset is None:
-            return InMemory(data, torch.arange(size))
-        if subset > size:
-            raise InputError(f"data.{name}: got {subset}, the data set has {size} images; give 1 to {size}")
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(size))
-        return InMemory(data, order[:subset].sort().values)
+            hint = "" if self.source == "folder" else ", or set data.download=true"
+            raise InputError(
+                f"{self.root}: no {self.source} data set: {reason}; check data.root{hint}"
+            ) from None
 
     @property
     def categories(self) -> list[dict[str, Any]]:
-        """One ``{"label", "id", "name"}`` per class; plain, so that it can travel in a checkpoint."""
-        return _categories(self.train_images)
+        """Those of the training images."""
+        return self.train_dataset.categories
 
     @property
     def val_categories(self) -> list[dict[str, Any]]:
-        """As :attr:`categories`, of the test images."""
-        return _categories(self.val_images)
+        """Those of the test images."""
+        return self.val_dataset.categories
 
     @property
     def val_files(self) -> list[Path]:
@@ -290,7 +287,7 @@ class ClassificationDataModule(LightningDataModule):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
-        channels, height, width = self.train_images.images.shape[1:]
+        channels, height, width = self.train_dataset.images.shape[1:]
         return channels, height, width
 
     def data_hash(self) -> str:
@@ -308,7 +305,7 @@ class ClassificationDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs: for ``fit`` both parts, which must have the same classes."""
-        if stage == "fit" and self.train_images.names != self.val_images.names:
+        if stage == "fit" and self.categories != self.val_categories:
             raise InputError(f"{self.root}: train and test have other classes; give both the same folders")
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -19,8 +19,15 @@ from rich.text import Text
 from dropblock_det.arguments import Count, Seed
 from dropblock_det.commands import PlainConsole, command
 from dropblock_det.comparison.gather import gather
-from dropblock_det.comparison.plan import find_settings, make_plan, record_plan, run_folder
-from dropblock_det.comparison.runner import Run, Runner, epochs_done
+from dropblock_det.comparison.plan import (
+    Run,
+    find_settings,
+    make_plan,
+    record_plan,
+    run_folder,
+    training_arguments,
+)
+from dropblock_det.comparison.runner import Runner, epochs_done
 from dropblock_det.errors import InputError, disk_errors, run_tool
 from dropblock_det.report.page import write_report
 from dropblock_det.report.words import number
@@ -86,14 +93,10 @@ def run(
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         runner = Runner(
             root,
-            TRAINING,
-            config,
-            files,
+            lambda run: [*TRAINING, *training_arguments(plan, config, files, run)],
             chosen,
-            overrides,
-            vary_subset,
             devices or [None],
-            on_result=lambda run, record: print_result(run, record),
+            print_result,
         )
         whole = progress.add_task("runs", total=len(chosen))
         bars = [progress.add_task("", total=None, visible=False) for _ in runner.devices]

@@ -74,6 +74,17 @@ class Plan:
         return tuple(sorted({*self.seeds} - {*self.announced_seeds})) if self.announced_seeds else ()
 
 
+@dataclass(frozen=True)
+class Run:
+    """One training: a setting with a seed."""
+
+    setting: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.setting} seed {self.seed}"
+
+
 def find_settings(folder: Path) -> dict[str, Path]:
     """Returns every ``*.yaml`` of a folder by its name, the reference first.
 
@@ -122,6 +133,20 @@ def make_plan(
     if vary_subset and "train_subset" not in f"{plan.base.config.get('data')} {overrides}":
         raise InputError("--vary-subset: no subset is drawn; give data.train_subset a number of images")
     return plan
+
+
+def training_arguments(plan: Plan, base: Path, settings: Mapping[str, Path], run: Run) -> list[str]:
+    """The arguments of a run's training but for its folder; the plan's overrides come last."""
+    words = [
+        "--config",
+        str(base),
+        "--config",
+        str(settings[run.setting]),
+        "--seed_everything",
+        str(run.seed),
+    ]
+    words += [SUBSET, str(run.seed)] if plan.vary_subset else []
+    return [*words, *plan.overrides]
 
 
 def read_plan(root: Path) -> Plan | None:

@@ -13,14 +13,14 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from PIL import Image
 
-from dropblock_det.comparison.plan import SUBSET, run_folder
+from dropblock_det.comparison.plan import Run, run_folder
 from dropblock_det.files import take_lock, write_bytes
 from dropblock_det.runs.folder import is_finished, last_checkpoints
 from dropblock_det.runs.record import Record, read_record, write_record
@@ -30,40 +30,21 @@ POLL_S = 0.2
 LOCK_NAME = ".comparison.lock"  # besides the training's own
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training: a setting with a seed."""
-
-    setting: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.setting} seed {self.seed}"
-
-
 @dataclass
 class Runner:
     """Works through the runs of a plan.
 
     Attributes:
         root: the comparison's folder.
-        command: the training program and its first arguments; the configs, the seed and the folder follow.
-        base: the config that all runs share.
-        settings: name -> the config of the setting.
+        command: run -> the training program and its arguments; ``--output`` follows.
         runs: what this process is to see to, in order.
-        overrides: arguments that every training gets after the configs.
-        vary_subset: each seed draws a training subset of its own.
         devices: one worker for each: ``"cpu"``, a GPU's number, or ``None`` for what the config says.
         on_result: called after each run that finished or failed.
     """
 
     root: Path
-    command: Sequence[str]
-    base: Path
-    settings: Mapping[str, Path]
+    command: Callable[[Run], Sequence[str]]
     runs: Sequence[Run]
-    overrides: Sequence[str] = ()
-    vary_subset: bool = False
     devices: Sequence[str | None] = (None,)
     on_result: Callable[[Run, Record], None] = lambda run, record: None
     active: dict[int, Run] = field(default_factory=dict, init=False)  # worker -> its run
@@ -157,14 +138,11 @@ class Runner:
 
     def _train(self, run: Run, folder: Path, device: str | None, lock: IO[str]) -> str | None:
         """Trains in a process of its own; says in one line how it ended, or ``None`` when interrupted."""
-        arguments = ["--config", str(self.base), "--config", str(self.settings[run.setting])]
-        arguments += ["--seed_everything", str(run.seed), "--output", str(folder)]
-        arguments += [SUBSET, str(run.seed)] if self.vary_subset else []
         with (folder / "train.log").open("a+", encoding="utf-8", errors="replace") as log:
             log.seek(0, os.SEEK_END)
             start = log.tell()
             process = subprocess.Popen(
-                [*self.command, *arguments, *self.overrides],
+                [*self.command(run), "--output", str(folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -87,8 +87,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields a line for each setting in which two resolved configs differ."""
-    for key in sorted(old.keys() | new.keys()):
+    """Yields a line for each setting in which two configs differ; one that `old` lacks is new."""
+    for key in sorted(old):
         mine, other = old.get(key), new.get(key)
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             yield from config_differences(mine, other, f"{prefix}{key}.")

@@ -141,9 +141,7 @@ class RunRecord(Callback):
         epoch: Epoch = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         for metric in pl_module.metrics:  # what the training logs, Lightning averages as NAME_epoch
             epoch[metric.name] = logged.get(f"{metric.name}_epoch", self._measured.get(metric.name))
-        epoch |= {
-            name: value for name, value in logged.items() if name == "p" or name.startswith("drop_share")
-        }
+        epoch |= {name: logged[name] for name in logged if name.split("/")[0] in ("p", "drop_share")}
         epoch |= {
             "images_per_s": self._images / train_s,
             "data_wait_share": self._wait_s / train_s,

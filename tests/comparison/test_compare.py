@@ -19,8 +19,17 @@ from support.the_tools import TOOLS, one_error_line, run_tool, tool_module
 from support.tiny_run import options
 
 from dropblock_det.comparison.gather import gather
-from dropblock_det.comparison.plan import Plan, find_settings, make_plan, read_plan, record_plan, run_folder
-from dropblock_det.comparison.runner import LOCK_NAME, Run, Runner
+from dropblock_det.comparison.plan import (
+    Plan,
+    Run,
+    find_settings,
+    make_plan,
+    read_plan,
+    record_plan,
+    run_folder,
+    training_arguments,
+)
+from dropblock_det.comparison.runner import LOCK_NAME, Runner
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, take_lock, write_json
 from dropblock_det.runs.record import read_record, write_record
@@ -51,8 +60,11 @@ def all_runs(plan: Plan) -> list[Run]:
 def runner(root: Path, folder: Path, plan: Plan, command=FAKE, **kwargs) -> Runner:
     """Of all the plan's runs, whose configs :func:`configs` has written to ``folder``."""
     base, settings = folder / "base.yaml", find_settings(folder / "settings")
-    runs, overrides = all_runs(plan), plan.overrides
-    return Runner(root, command, base, settings, runs, overrides, plan.vary_subset, **kwargs)
+
+    def training(run):
+        return [*command, *training_arguments(plan, base, settings, run)]
+
+    return Runner(root, training, all_runs(plan), **kwargs)
 
 
 def compare(folder: Path, seeds, *overrides, **kwargs) -> list[tuple[Run, bool]]:
@@ -349,13 +361,14 @@ def test_runs_that_measure_other_things_are_not_compared(tmp_path):
 DRIVER = """
 import sys
 from pathlib import Path
-from dropblock_det.comparison.plan import find_settings, make_plan, record_plan
-from dropblock_det.comparison.runner import Run, Runner
+from dropblock_det.comparison.plan import Run, find_settings, make_plan, record_plan, training_arguments
+from dropblock_det.comparison.runner import Runner
 folder, command = Path(sys.argv[1]), sys.argv[2:]
 base, settings, root = folder / "base.yaml", find_settings(folder / "settings"), folder / "runs"
 plan = make_plan(base, settings, [0, 1])
 record_plan(root, plan)
-Runner(root, command, base, settings, [Run(s, n) for n in plan.seeds for s in settings]).work()
+runs = [Run(s, n) for n in plan.seeds for s in settings]
+Runner(root, lambda run: [*command, *training_arguments(plan, base, settings, run)], runs).work()
 """
 
 

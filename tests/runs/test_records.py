@@ -12,7 +12,7 @@ from dropblock_det.comparison.gather import gather
 from dropblock_det.comparison.plan import run_folder
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, write_json
-from dropblock_det.runs.folder import is_finished
+from dropblock_det.runs.folder import config_differences, is_finished
 from dropblock_det.runs.record import Record, finite, read_record, write_record
 
 
@@ -184,3 +184,13 @@ def test_a_wrong_folder_is_an_input_error(tmp_path, make):
 def test_records_are_valid_json_for_anyone(tmp_path):
     write_json(tmp_path / "r.json", invented_record("none", 0))
     json.loads((tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_a_setting_that_an_older_version_lacked_is_no_difference():
+    old = {"output": "a", "model": {"lr": 0.1, "gone": None}, "seed_everything": 0}
+    assert list(config_differences(old, {**old, "model": {"lr": 0.1, "name": "new"}})) == []
+    new = {"output": "a", "model": {"lr": 0.2}, "seed_everything": 1}
+    assert list(config_differences(old, new)) == [
+        "model.lr: 0.1 before, 0.2 now",
+        "seed_everything: 0 before, 1 now",
+    ]

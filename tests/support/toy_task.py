@@ -85,5 +85,6 @@ def train_toy(folder, qualities, *callbacks, data=None, **arguments):
         enable_model_summary=False,
         **arguments,
     )
-    module = ToyModule([], qualities, str(picture), warmup_steps=0)
+    categories = [{"label": 1, "id": 1, "name": "blue"}]
+    module = ToyModule(categories, qualities, str(picture), warmup_steps=0)
     trainer.fit(module, data or ToyData(), ckpt_path=newest_checkpoint(folder), weights_only=True)

@@ -31,7 +31,8 @@ def test_factors_a_schedule_and_a_class_of_ones_own(scenes, tmp_path, monkeypatc
     )
     output = tmp_path / "run"
     configs = [f"--config={path}" for path in (ROOT / "configs/quickstart.yaml", tmp_path / "mine.yaml")]
-    train([*configs, *arguments(scenes, output)], monkeypatch)
+    retinanet = ["--model.name=retinanet_resnet50_fpn", "--model.min_size=64", "--model.max_size=64"]
+    train([*configs, *arguments(scenes, output), *retinanet], monkeypatch)
     resolved = yaml.safe_load((output / "config.yaml").read_text())["regularize"]
     assert resolved["at"] == {"stage3": 0.25, "stage4": 1.0}
     assert resolved["regularizer"]["class_path"] == "torch.nn.Dropout"

@@ -20,6 +20,7 @@ import yaml
 from dropblock_det.errors import InputError
 
 MAX_BYTES = 4 * 2**30  # COCO's own training annotations have 0.5 GB
+DPI = 120  # of figures
 MAX_YAML_BYTES = 2**20
 MAX_YAML_VALUES = 100_000  # a few lines of YAML whose aliases hold aliases stand for billions
 
@@ -209,7 +210,7 @@ def write_figure(path: Path, figure: Any) -> None:
         if "$" in text.get_text():  # a name from somewhere, and no formula; ticks get theirs when drawn
             text.set_parse_math(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
 
 

@@ -3,17 +3,22 @@
 from collections.abc import Sequence
 
 import matplotlib.ticker
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 from PIL import Image
 
+from dropblock_det.files import DPI
 from dropblock_det.runs.record import Record
 from dropblock_det.tasks.evaluation import Mark, Sample
 from dropblock_det.tasks.metric import LOSSES
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+NAME_HEIGHT = 0.12  # inches, of what is written at a box
+MIN_SIDE, MAX_SIDE = 480, 2000  # pixels of the longer side, so that names can be read, and files stay small
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 
 
@@ -50,18 +55,38 @@ def samples_figure(samples: Sequence[Sample], min_score: float = 0.3) -> Figure:
     return figure
 
 
+def prediction_figure(image: NDArray[np.uint8], marks: Sequence[Mark]) -> Figure:
+    """Draws what a model sees on an image, in the image's own size unless that is very small or large.
+
+    Args:
+        image: RGB ``(H, W, 3)``.
+        marks: The best first; those without a box are written into a corner.
+    """
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    inches = min(max(longest, MIN_SIDE), MAX_SIDE) / DPI
+    figure = Figure(figsize=(max(inches * width / longest, 0.1), max(inches * height / longest, 0.1)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(image, extent=(0, width, height, 0), aspect="auto")
+    axes.axis("off")
+    for mark in reversed(marks):  # the best on top
+        _box(axes, mark, ORANGE, "-", top=NAME_HEIGHT * longest / inches)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    return figure
+
+
 def _words(mark: Mark) -> str:
     return mark.category if mark.score is None else f"{mark.category} {mark.score:.2f}"
 
 
-def _box(axes: Axes, mark: Mark, color: str, style: str, below: bool = False) -> None:
+def _box(axes: Axes, mark: Mark, color: str, style: str, below: bool = False, top: float = 0) -> None:
     x, y, width, height = mark.bbox or (0, 0, 0, 0)
     axes.add_patch(
         Rectangle((x, y), width, height, fill=False, edgecolor=color, linestyle=style, linewidth=1.6)
     )
     axes.text(
         x,
-        y + height if below else y,
+        y + height if below else max(y, top),
         _words(mark),
         fontsize=6.5,
         color="white",

@@ -84,6 +84,18 @@ class TaskModule(LightningModule):
         """Returns the ids of a batch's images."""
         return [target["image_id"] for target in batch[1]]
 
+    @abstractmethod
+    def prepared(self, image: Tensor) -> Tensor:
+        """Returns an image, uint8 ``(3, H, W)``, as :meth:`predict_step` takes it.
+
+        Raises:
+            InputError: The model can't take it; the message does not name it.
+        """
+
+    @abstractmethod
+    def predict_step(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Returns each image's ``scores`` and ``labels``, and of a detector ``boxes``, as tensors."""
+
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> Self:
         """Rebuilds the module from a loaded checkpoint alone; published weights are not fetched again."""

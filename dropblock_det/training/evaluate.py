@@ -50,7 +50,7 @@ def evaluate(
     content = load_checkpoint(checkpoint)
     given: dict[str, Any] = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
     given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
-    module_class, data_class = task_classes(content.get("task", "detection"))  # older versions had one
+    data_class = task_of(content)[1]
     trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
     datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
     if results is not None:
@@ -61,7 +61,7 @@ def evaluate(
             f"{checkpoint}: trained on {_categories(known)}, but {datamodule.root} has "
             f"{_categories(found)}; give --data with the categories of the training"
         )
-    module = _module(content, checkpoint, module_class)
+    module = rebuilt(content, checkpoint)
     trainer = Trainer(
         logger=False,
         callbacks=[RichProgressBar()],
@@ -82,7 +82,13 @@ def evaluate(
     return values
 
 
-def _module(content: dict[str, Any], checkpoint: Path, kind: type[TaskModule]) -> TaskModule:
+def rebuilt(content: dict[str, Any], checkpoint: Path) -> TaskModule:
+    """Builds a loaded checkpoint's module again, in training mode.
+
+    Raises:
+        InputError: Its settings or weights don't fit its task's module; names ``checkpoint``.
+    """
+    kind = task_of(content)[0]
     checked_arguments(kind, content["hyper_parameters"], f"{checkpoint}: ")
     try:
         module = kind.from_checkpoint(content)
@@ -93,6 +99,11 @@ def _module(content: dict[str, Any], checkpoint: Path, kind: type[TaskModule]) -
     if not all(value.isfinite().all() for value in module.state_dict().values()):
         raise InputError(f"{checkpoint}: its weights are not finite numbers; give another checkpoint")
     return module
+
+
+def task_of(content: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns the module and the data module of a loaded checkpoint's task."""
+    return task_classes(content.get("task", "detection"))  # older versions had one
 
 
 def _categories(categories: list[dict[str, Any]]) -> str:

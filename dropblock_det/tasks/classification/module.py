@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchvision.io import write_png
+from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 from dropblock_det.arguments import Share
 from dropblock_det.datasets.classification import Batch, ClassificationDataModule
@@ -86,6 +87,17 @@ class ClassificationModule(TaskModule):
         columns = (image_ids, labels.tolist(), predicted.tolist(), scores.tolist())
         rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         return {"cross_entropy": cross_entropy(logits, labels)}, rows
+
+    def prepared(self, image: Tensor) -> Tensor:
+        """In the size and the number of channels of the images of the training."""
+        channels, *size = self.hparams["image_shape"]
+        image = resize(image, size, antialias=True)
+        return rgb_to_grayscale(image) if channels == 1 else image
+
+    def predict_step(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Each image's most probable class, ``labels`` and ``scores`` of shape (1,)."""
+        scores, labels = self(torch.stack(images)).float().softmax(1).max(1, keepdim=True)
+        return [{"scores": score, "labels": label} for score, label in zip(scores, labels, strict=True)]
 
     def evaluate(self, image_ids: list[int], predictions: list[Prediction]) -> Evaluation:
         """Accuracy in all and, as ``accuracy/CLASS``, of each class; a class without images has NaN."""

@@ -104,19 +104,37 @@ class DetectionModule(TaskModule):
         samples = box_samples(data.val_coco, data.val_dataset, predictions)
         return Evaluation(metrics_of(evaluation), samples, outcomes_of(evaluation))
 
+    def prepared(self, image: Tensor) -> Tensor:
+        """As float32 in [0, 1]; the detector resizes."""
+        self._check_shape(image)
+        return image.float() / 255
+
+    def predict_step(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The detector's own: ``boxes`` as x1, y1, x2, y2 in pixels, without those of the background."""
+        return [
+            {name: value[detections["labels"] > 0] for name, value in detections.items()}
+            for detections in self.detector(images)
+        ]
+
     def _check_shapes(self, batch: Batch) -> None:
-        # torchvision's resize fails where a side comes to 0 pixels, and names no image.
+        for image, target in zip(*batch, strict=True):
+            try:
+                self._check_shape(image)
+            except InputError as error:
+                raise InputError(f"image {target['image_id']}: {error}") from None
+
+    def _check_shape(self, image: Tensor) -> None:
+        # torchvision's resize fails where a side comes to 0 pixels.
         transform: Any = self.detector.transform
         if transform.fixed_size is not None:
             return
-        for image, target in zip(*batch, strict=True):
-            height, width = image.shape[-2:]
-            short, long = sorted((height, width))
-            if short * min(transform.min_size[-1] / short, transform.max_size / long) < 1:
-                raise InputError(
-                    f"image {target['image_id']}: {width}x{height} pixels, of which model.max_size "
-                    f"{transform.max_size} would leave none on one side; leave it out"
-                )
+        height, width = image.shape[-2:]
+        short, long = sorted((height, width))
+        if short * min(transform.min_size[-1] / short, transform.max_size / long) < 1:
+            raise InputError(
+                f"{width}x{height} pixels, of which model.max_size {transform.max_size} would leave none on "
+                "one side; leave it out"
+            )
 
 
 def _short_names(losses: dict[str, Tensor]) -> dict[str, Tensor]:

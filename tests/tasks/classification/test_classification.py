@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 from support.tiny_run import ROOT
 
+from dropblock_det.datasets.images import read_image
 from dropblock_det.errors import InputError
 from dropblock_det.runs.record import read_record
 from dropblock_det.tasks.classification.module import ClassificationModule
 from dropblock_det.training import cli
 from dropblock_det.training.evaluate import evaluate
+from dropblock_det.training.predict import load_model, predict_files
 
 CONFIG = ROOT / "configs" / "classification" / "cifar10_small_cnn.yaml"
 CATEGORIES = [{"label": n, "id": n, "name": name} for n, name in enumerate(("dark", "bright"))]
@@ -143,3 +145,21 @@ def test_what_cannot_be_trained_is_one_line(folder, tmp_path, more, message):
 def test_another_task_s_folder_is_not_resumed(run, folder):
     with pytest.raises(InputError, match=r"data.*not correspond to a subclass of CocoDataModule"):
         cli.train(CONFIG, ["--resume", str(run), "--task", "detection"])
+
+
+def test_predicting_gives_the_class_of_each_image(run, folder, tmp_path):
+    """Also of images in another size than those of the training."""
+    Image.open(folder / "test" / "dark" / "0.png").resize((40, 30)).save(tmp_path / "dark.png")
+    given = [str(folder / "test" / "bright"), str(tmp_path / "dark.png")]
+    assert predict_files(run / "checkpoints" / "best.ckpt", given, tmp_path / "out", 0.0, device="cpu") == []
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["image_id"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    model = load_model(run / "checkpoints" / "best.ckpt", "cpu")
+    names = {category["id"]: category["name"] for category in model.hparams["categories"]}
+    files = sorted((folder / "test" / "bright").glob("*.png"))
+    with torch.no_grad():
+        scores, labels = model(torch.stack([read_image(file) for file in files])).softmax(1).max(1)
+    assert [row["category_id"] for row in rows[:5]] == labels.tolist()
+    assert [row["score"] for row in rows[:5]] == pytest.approx(scores.tolist(), abs=1e-6)
+    assert {names[row["category_id"]] for row in rows} <= {"bright", "dark"}
+    assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 6

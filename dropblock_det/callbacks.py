@@ -181,6 +181,18 @@ class Regularize(Callback):
         number = f"_{namesakes.index(self) + 1}" if len(namesakes) > 1 else ""
         return f"{quantity}/{self.name}{number}"
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds what is regularized and how, so that ``tools/evaluate.py --samples`` does the same.
+
+        A module of one's own cannot be rebuilt from a checkpoint that is safe to load; its class is noted.
+        """
+        regularizers = checkpoint.setdefault("regularizers", [])
+        if self.handle is not None:
+            arguments = self.arguments if isinstance(self.regularizer, str) else {}
+            regularizers.append({"name": self.name, "sites": self.handle.factors, **arguments})
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the stock model back."""
         if self.handle is not None:

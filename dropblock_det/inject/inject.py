@@ -118,6 +118,11 @@ class RegularizerHandle:
         return measure_coverage(self.model, self.sites)
 
     @property
+    def factors(self) -> dict[str, float]:
+        """Each site's factor on ``p``: what :func:`install` takes."""
+        return {site: self._site(site).regularizer._use.factor for site in self.sites}
+
+    @property
     def idle_sites(self) -> tuple[str, ...]:
         """The sites that have not run in training mode yet; for good, where a network never calls a layer."""
         return tuple(site for site in self.sites if not self._site(site).regularizer._use.ran)

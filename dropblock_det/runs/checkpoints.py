@@ -30,6 +30,13 @@ class _HyperParameters(TypedDict):
     categories: Annotated[list[_Category], Meta(min_length=1)]
 
 
+class _Regularizer(TypedDict):
+    """The rest is the arguments of :func:`~dropblock_det.layers.make_regularizer`."""
+
+    name: str
+    sites: dict[str, float]
+
+
 class _Content(TypedDict):
     """What of a checkpoint is read here; the rest is Lightning's and the arguments of classes."""
 
@@ -37,6 +44,7 @@ class _Content(TypedDict):
     validation_data: dict[str, Any]
     state_dict: dict[str, torch.Tensor]
     task: NotRequired[str]
+    regularizers: NotRequired[list[_Regularizer]]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -7,14 +7,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.table import Column, Table
 
-from dropblock_det.arguments import Count, checked_arguments
+from dropblock_det.arguments import Count, Seed, checked_arguments
 from dropblock_det.commands import PlainConsole
 from dropblock_det.errors import InputError
-from dropblock_det.files import check_replaceable, write_json
+from dropblock_det.files import check_replaceable, write_figure, write_json
 from dropblock_det.runs.checkpoints import load_checkpoint
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.launch import refusals
 from dropblock_det.training.tasks import task_classes
+from dropblock_det.training.uncertainty import (
+    Samples,
+    regularize_as_trained,
+    reliability_figure,
+    uncertainty_figures,
+)
 
 
 @refusals()
@@ -27,6 +33,9 @@ def evaluate(
     batch_size: Count | None = None,
     accelerator: str = "auto",
     devices: Count = 1,
+    samples: Count | None = None,
+    seed: Seed = 0,
+    diagram: Path | None = None,
 ) -> dict[str, float]:
     """Evaluates a checkpoint: its task's metrics and val_loss, from it and the images alone.
 
@@ -39,22 +48,33 @@ def evaluate(
         batch_size: Images per batch; by default as in the training.
         accelerator: auto, cpu, gpu, ...
         devices: How many of them.
+        samples: Detection: forwards per image with the training's regularizer on, merged into detections with
+            an uncertainty; --results then has those.
+        seed: Of the samples.
+        diagram: Write the reliability diagram here, a PNG; by default beside --results or the checkpoint.
 
     Returns:
-        The values by the metrics' names.
+        The values by the metrics' names; with samples also mAP, AP50, calibration error and number of
+        detections of the ``single`` pass and the ``merged`` detections, and each uncertainty's AUROC.
 
     Raises:
-        InputError: A checkpoint that is not ours, one with other categories than the data, or results that
-            would replace what is no regular file or is read here.
+        InputError: A checkpoint that is not ours or has other categories than the data, or no regularizer
+            where samples are wanted; or an output would replace what is no regular file or is read here.
     """
+    if diagram is not None and samples is None:
+        raise InputError("--diagram: drawn from samples; give --samples too")
     content = load_checkpoint(checkpoint)
     given: dict[str, Any] = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
     given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
     data_class = task_of(content)[1]
+    if samples is not None and (content.get("task", "detection"), devices) != ("detection", 1):
+        raise InputError("--samples: for detectors, on one device")
     trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
     datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
-    if results is not None:
-        check_replaceable(results, checkpoint, *datamodule.val_files)
+    if samples is not None and diagram is None:
+        diagram = (results or checkpoint).with_name("reliability.png")
+    for output in filter(None, (results, diagram)):
+        check_replaceable(output, checkpoint, *datamodule.val_files)
     known, found = content["hyper_parameters"]["categories"], datamodule.val_categories
     if found != known:
         raise InputError(
@@ -62,9 +82,13 @@ def evaluate(
             f"{_categories(found)}; give --data with the categories of the training"
         )
     module = rebuilt(content, checkpoint)
+    sampling = None
+    if samples is not None:
+        regularize_as_trained(module, content, checkpoint)
+        sampling = Samples(samples, seed)
     trainer = Trainer(
         logger=False,
-        callbacks=[RichProgressBar()],
+        callbacks=[RichProgressBar(), *filter(None, [sampling])],
         use_distributed_sampler=False,
         accelerator=accelerator,
         devices=devices,
@@ -77,9 +101,36 @@ def evaluate(
         for name, value in values.items():
             table.add_row(name, f"{value:.4f}")
         PlainConsole().print(table)
+        predictions = module.predictions
+        if sampling is not None and diagram is not None:
+            compared, areas, bins = uncertainty_figures(
+                datamodule.val_coco, sampling.image_ids, module.predictions, sampling.results
+            )
+            _print_uncertainty(compared, areas, sampling)
+            values |= {f"{name}/{of}": value for name, both in compared.items() for of, value in both.items()}
+            values |= {f"AUROC/{name}": value for name, value in areas.items()}
+            predictions = sampling.results
+            write_figure(diagram, reliability_figure(bins))
         if results is not None:
-            write_json(results, module.predictions)
+            write_json(results, predictions)
     return values
+
+
+def _print_uncertainty(
+    compared: dict[str, dict[str, float]], areas: dict[str, float], sampling: Samples
+) -> None:
+    table = Table("", *(Column(name, justify="right") for name in ("single", "merged")))
+    table.title = f"the single pass, and {sampling.samples} samples merged"
+    for name, both in compared.items():
+        table.add_row(
+            name, *(f"{value:.0f}" if name == "detections" else f"{value:.4f}" for value in both.values())
+        )
+    console = PlainConsole()
+    console.print(table)
+    table = Table("uncertainty", Column("AUROC", justify="right"), title="tells wrong from right detections")
+    for name, value in areas.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
 
 
 def rebuilt(content: dict[str, Any], checkpoint: Path) -> TaskModule:

@@ -1,17 +1,18 @@
 """Box detection: torchvision's detectors, losses and detections from one pass, COCO's metrics, pictures."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dropblock_det.tasks.detection.eval_losses import losses_and_detections
+    from dropblock_det.tasks.detection.uncertainty import mc_detections
 
-__all__ = ["losses_and_detections"]
+__all__ = ["losses_and_detections", "mc_detections"]
+_ROOMS = {"losses_and_detections": "eval_losses", "mc_detections": "uncertainty"}
 
 
 def __getattr__(name: str) -> Any:
     # What draws pictures or computes COCO's figures does without torchvision.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dropblock_det.tasks.detection.eval_losses import losses_and_detections
-
-    return losses_and_detections
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -1,0 +1,97 @@
+"""How far scores can be trusted: calibration, and what an uncertainty tells of right and wrong detections."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.cocoeval import COCOeval
+from scipy.stats import rankdata
+
+from dropblock_det.tasks.detection.coco_eval import outcomes_of
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Detections by score, in bins of equal width from 0 to 1.
+
+    Attributes:
+        counts: (bins,) how many.
+        scores: (bins,) their mean score, NaN in an empty bin.
+        precision: (bins,) the share of them that is right, likewise.
+    """
+
+    counts: NDArray[np.int64]
+    scores: Floats
+    precision: Floats
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the mean of |precision - mean score| over the detections."""
+        filled = self.counts > 0
+        gaps = np.abs(self.precision - self.scores)[filled]
+        return float(np.average(gaps, weights=self.counts[filled])) if filled.any() else float("nan")
+
+
+def reliability(scores: Any, right: Any, bins: int = 10) -> Reliability:
+    """Sorts detections into bins by score.
+
+    Args:
+        scores: (n,) from 0 to 1; on an edge, in the bin above it, and 1 in the last one.
+        right: (n,) bool.
+        bins: How many.
+    """
+    scores, right = np.asarray(scores, float), np.asarray(right, bool)
+    place = np.minimum((scores * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        return Reliability(
+            counts,
+            np.bincount(place, scores, bins) / counts,
+            np.bincount(place, right, bins) / counts,
+        )
+
+
+def auroc(uncertainty: Any, right: Any) -> float:
+    """Returns how likely a wrong detection is more uncertain than a right one; a tie counts half.
+
+    Args:
+        uncertainty: (n,) finite.
+        right: (n,) bool.
+
+    Returns:
+        From 0 to 1, the area under the ROC curve; 0.5 tells nothing. NaN where all are right or all wrong.
+    """
+    right = np.asarray(right, bool)
+    wrong, others = int((~right).sum()), int(right.sum())
+    if not wrong or not others:
+        return float("nan")
+    ranks = rankdata(np.asarray(uncertainty, float))
+    return float((ranks[~right].sum() - wrong * (wrong + 1) / 2) / (wrong * others))
+
+
+def right_at_50(evaluation: COCOeval, results: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], bool]]:
+    """Returns detections and whether pycocotools matched them with an object at an IoU of 0.5.
+
+    Those are left out that it ignores: in a crowd region, or beyond the best 100 of a category in an image.
+
+    Args:
+        evaluation: What :func:`~dropblock_det.tasks.detection.coco_eval.coco_evaluation` made of them.
+        results: The detections.
+    """
+    outcomes = outcomes_of(evaluation)
+    per_category = len(evaluation.params.areaRng) * len(evaluation.params.imgIds)
+    of_all_areas = [
+        matched
+        for k in range(len(evaluation.params.catIds))
+        for matched in evaluation.evalImgs[k * per_category :][: len(evaluation.params.imgIds)]
+    ]
+    numbers = [number for matched in of_all_areas if matched is not None for number in matched["dtIds"]]
+    return [
+        (results[number - 1], bool(hit))
+        for number, hit, ignored in zip(numbers, outcomes.hit[:, 0], outcomes.ignored[:, 0], strict=True)
+        if not ignored
+    ]

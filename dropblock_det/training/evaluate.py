@@ -73,6 +73,8 @@ def evaluate(
     datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
     if samples is not None and diagram is None:
         diagram = (results or checkpoint).with_name("reliability.png")
+    if results is not None and results == diagram:
+        raise InputError(f"{results}: for the results and the diagram alike; give --diagram another name")
     for output in filter(None, (results, diagram)):
         check_replaceable(output, checkpoint, *datamodule.val_files)
     known, found = content["hyper_parameters"]["categories"], datamodule.val_categories

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,6 +301,7 @@ def test_a_checkpoint_notes_the_regularizer(checkpoint):
         ([{"name": "dropout", "q": 7, "sites": {}}], {}, "q: there is no such argument"),
         ([{"name": "dropout"}], {}, "missing required field `sites`"),
         ("same", {"devices": 2}, "--samples: for detectors, on one device"),
+        ("same", {"results": Path("x"), "diagram": Path("x")}, "for the results and the diagram alike"),
         ("same", {"samples": None, "diagram": "x.png"}, "--diagram: drawn from samples"),
     ],
 )

@@ -16,23 +16,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from rich.table import Table
 
 from dropblock_det.arguments import Seed, checked_arguments
 from dropblock_det.callbacks import Regularize
-from dropblock_det.commands import PlainConsole, parsed
+from dropblock_det.commands import parsed
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_yaml, write_text
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO, Checkpoints
 from dropblock_det.runs.folder import (
     CONFIG_NAME,
-    best_checkpoint,
     check_same_config,
     is_finished,
     newest_checkpoint,
     read_config,
 )
-from dropblock_det.runs.record import Epoch, read_record
 from dropblock_det.runs.recorder import RunRecord
 from dropblock_det.training.launch import (
     Sound,
@@ -44,9 +41,11 @@ from dropblock_det.training.launch import (
 )
 from dropblock_det.training.peers import Peers
 from dropblock_det.training.tasks import Task, task_classes
+from dropblock_det.training.terminal import Story, calm, print_result, shows_a_bar
 
 # A setting can name a class, and to import a module is to run it: nothing outside these is imported.
 PACKAGES = ["dropblock_det", "lightning", "torch", "torchvision"]
+VERBOSE = "--verbose"
 SHORT = {"--on-nonfinite": "--model.on_nonfinite"}
 # Settings of the trainer that are not for the user: a run has its own, or could not be a run.
 OURS = ("logger", "plugins", "default_root_dir", "use_distributed_sampler", "fast_dev_run", "barebones")
@@ -66,11 +65,12 @@ class TrainCLI(LightningCLI):
     Args:
         task: The task's name: its module's settings are ``--model.*``.
         stack: Releases the run's folder when it ends.
+        verbose: Show what Lightning says of itself, and its table of the model.
         **arguments: LightningCLI's.
     """
 
-    def __init__(self, task: str, stack: contextlib.ExitStack, **arguments: Any) -> None:
-        self.stack = stack
+    def __init__(self, task: str, stack: contextlib.ExitStack, verbose: bool, **arguments: Any) -> None:
+        self.stack, self.verbose = stack, verbose
         self.module, self.data = task_classes(task)
         super().__init__(self.module, self.data, **arguments)
 
@@ -83,6 +83,12 @@ class TrainCLI(LightningCLI):
             metavar="RUN_FOLDER",
             default=argparse.SUPPRESS,
             help="Go on with the run in this folder, with its own settings.",
+        )
+        parser.add_argument(
+            VERBOSE,
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="Show what Lightning says of itself, and its table of the model.",
         )
         parser.add_lightning_class_args(Regularize, "regularize")
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -120,14 +126,17 @@ class TrainCLI(LightningCLI):
         """Adds what every run has: loggers, checkpoints, the record and a progress bar."""
         recorder = RunRecord(self.output)
         callbacks: list[Callback] = [Sound(), Peers(self.output), recorder, Checkpoints(recorder)]
-        if self.config["trainer"]["enable_progress_bar"] is not False:
-            callbacks.append(RichProgressBar())
+        asked = self.config["trainer"]
+        bar, summary = shows_a_bar(asked["enable_progress_bar"]), asked["enable_model_summary"]
+        callbacks += [Story(recorder, lines=not bar), *([RichProgressBar()] if bar else [])]
         self.trainer_defaults["callbacks"] = callbacks
         board = TensorBoardLogger(self.output, name="logs")
         return super().instantiate_trainer(
             logger=[board, CSVLogger(self.output, name="logs", version=board.version)],
             default_root_dir=self.output,
             plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=bar,
+            enable_model_summary=self.verbose if summary is None else summary,
             use_distributed_sampler=False,  # the data module's samplers know their rank
             **kwargs,
         )
@@ -164,8 +173,9 @@ def check_settings(config: dict[str, Any], module: type, data: type) -> None:
         value = config.get(name)
         if value is None or (name == "trainer" and not {*OURS} <= value.keys()):
             raise InputError(f"{name}: is null; leave it out, or give a value")
-    if "resume" in config:
-        raise InputError("resume: not a setting; give --resume RUN_FOLDER on the command line")
+    for name, option in {"resume": "--resume RUN_FOLDER", "verbose": VERBOSE}.items():
+        if name in config:
+            raise InputError(f"{name}: not a setting; give {option} on the command line")
     checked_arguments(_run_folder, {"output": config["output"]})
     if not isinstance(config["seed_everything"], bool):
         checked_arguments(_run_folder, {"seed_everything": config["seed_everything"]})
@@ -245,11 +255,15 @@ def train(default_config: Path, args: Sequence[str] | None = None) -> None:
     """
     end_with_launcher()
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=PACKAGES)
-    task, args = spelled_out(sys.argv[1:] if args is None else args, default_config)
+    args = list(sys.argv[1:] if args is None else args)
+    verbose = VERBOSE in args
+    task, args = spelled_out([arg for arg in args if arg != VERBOSE], default_config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(calm(verbose))
         cli = TrainCLI(
             task,
             stack,
+            verbose,
             args=args,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
@@ -265,28 +279,3 @@ def train(default_config: Path, args: Sequence[str] | None = None) -> None:
             fit(cli.trainer, cli.model, cli.datamodule, cli.resume_from, cli.output)
         if cli.trainer.is_global_zero:
             print_result(cli.output)
-
-
-def print_result(folder: Path) -> None:
-    """Prints the best and the last epoch of a run, its files, and how to evaluate it."""
-    record = read_record(folder)
-    assert record is not None
-    table = Table(title=str(folder))
-    for column in ("epoch", *(metric.title for metric in record.metrics)):
-        table.add_column(column, justify="right")
-
-    def add_row(name: str, epoch: Epoch) -> None:
-        values = [(metric, epoch.get(metric.name)) for metric in record.metrics]
-        shown = ("-" if v is None else f"{metric.scale * v:.{metric.digits}f}" for metric, v in values)
-        table.add_row(f"{name} ({(epoch['epoch'] or 0) + 1})", *shown)
-
-    if best := record.best(record.headline):
-        add_row("best", best)
-    add_row("last", record.epochs[-1])
-    console = PlainConsole()
-    console.print(table)
-    console.print(f"pictures    {folder}/samples.png, {folder}/curves.png")
-    checkpoint = best_checkpoint(folder)
-    if checkpoint.exists():  # people remove what takes hundreds of MB
-        console.print(f"checkpoint  {checkpoint}")
-        console.print(f"evaluate    python tools/evaluate.py {checkpoint}")

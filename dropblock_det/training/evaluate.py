@@ -15,6 +15,7 @@ from dropblock_det.runs.checkpoints import load_checkpoint
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.launch import refusals
 from dropblock_det.training.tasks import task_classes
+from dropblock_det.training.terminal import calm, shows_a_bar
 from dropblock_det.training.uncertainty import (
     Samples,
     regularize_as_trained,
@@ -24,6 +25,7 @@ from dropblock_det.training.uncertainty import (
 
 
 @refusals()
+@calm()
 def evaluate(
     checkpoint: Path,
     data: Path | None = None,
@@ -88,9 +90,11 @@ def evaluate(
     if samples is not None:
         regularize_as_trained(module, content, checkpoint)
         sampling = Samples(samples, seed)
+    bar = shows_a_bar(True)
     trainer = Trainer(
         logger=False,
-        callbacks=[RichProgressBar(), *filter(None, [sampling])],
+        callbacks=[callback for callback in (RichProgressBar() if bar else None, sampling) if callback],
+        enable_progress_bar=bar,
         use_distributed_sampler=False,
         accelerator=accelerator,
         devices=devices,

@@ -1,12 +1,11 @@
 """Draws what Dropout, SpatialDropout and DropBlock remove from a feature map, at the same drop probability.
 
-    show_masks.py [IMAGE] [--p 0.25] [--block_sizes 3 5 7] [--seed 2] [--output masks.png]
+    show_masks.py [--image IMAGE] [--p 0.25] [--block-sizes 3 5 7] [--seed 2] [--output masks.png]
 
 The feature map is made with eight fixed filters (edges in four directions, brightness, two colour contrasts,
 texture), so that one can recognize in it what the image shows; no network or weights are needed.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, pad
 
+from dropblock_det.arguments import Seed, Share, Side
+from dropblock_det.commands import command
 from dropblock_det.datasets.images import read_image
 from dropblock_det.datasets.scenes import draw_scene
-from dropblock_det.errors import InputError, disk_errors, run_tool
+from dropblock_det.errors import InputError, run_tool
 from dropblock_det.files import write_figure
 from dropblock_det.layers import make_regularizer
 from dropblock_det.runs.pictures import ORANGE
@@ -102,29 +103,31 @@ def draw(image: Tensor, p: float, block_sizes: list[int], seed: int) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("image", type=Path, nargs="?", help="any image (default: a generated scene)")
-    parser.add_argument("--p", type=float, default=0.25, help="drop probability, for all of them")
-    parser.add_argument("--block_sizes", type=int, nargs="+", default=[3, 5, 7])
-    parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("masks.png"))
-    options = parser.parse_args()
-    if options.output.suffix != ".png":
-        raise InputError(f"--output {options.output}: give a name that ends in .png")
-    if not 0 <= options.seed < 2**63:
-        raise InputError(f"--seed {options.seed}: give a whole number from 0 to {2**63 - 1}")
-    if options.image is None:
-        image = torch.from_numpy(draw_scene(np.random.default_rng(3))[0]).permute(2, 0, 1)
+def show_masks(
+    image: Path | None = None,
+    p: Share = 0.25,
+    block_sizes: list[Side] = [3, 5, 7],  # noqa: B006
+    seed: Seed = 2,
+    output: Path = Path("masks.png"),
+) -> None:
+    """Draws what Dropout, SpatialDropout and DropBlock remove from a feature map.
+
+    Args:
+        image: Any image; by default a generated scene.
+        p: Drop probability, for all of them.
+        block_sizes: Sides of DropBlock's blocks, one row each.
+        seed: Of the masks.
+        output: The picture, a .png.
+    """
+    if output.suffix != ".png":
+        raise InputError(f"--output {output}: give a name that ends in .png")
+    if image is None:
+        pixels = torch.from_numpy(draw_scene(np.random.default_rng(3))[0]).permute(2, 0, 1)
     else:
-        image = read_image(options.image)
-    figure = draw(image.float() / 255, options.p, options.block_sizes, options.seed)
-    with disk_errors(options.output.parent):
-        write_figure(options.output, figure)
-    print(f"wrote {options.output}")
+        pixels = read_image(image)
+    write_figure(output, draw(pixels.float() / 255, p, block_sizes, seed))
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(lambda: command(show_masks))

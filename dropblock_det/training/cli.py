@@ -245,36 +245,47 @@ def spelled_out(args: Sequence[str], default_config: Path) -> tuple[str, list[st
     return task, [f"--config={given.resume}/{CONFIG_NAME}", *rest, f"--output={given.resume}"]
 
 
+def command_line(default_config: Path, args: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
+    """Makes trainer, module and data of the run that the arguments describe; nothing is trained yet.
+
+    Args:
+        default_config: The YAML file that stands in where no ``--config`` is given.
+        args: Command-line arguments.
+        stack: Releases the run's folder, and Lightning's own messages, when it ends.
+    """
+    end_with_launcher()
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=PACKAGES)
+    verbose = VERBOSE in args
+    task, args = spelled_out([arg for arg in args if arg != VERBOSE], default_config)
+    stack.enter_context(calm(verbose))
+    cli = TrainCLI(
+        task,
+        stack,
+        verbose,
+        args=args,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"exit_on_error": False, "description": "Trains a model; see configs/."},
+        run=False,
+    )
+    check_launcher(cli.trainer)
+    return cli
+
+
 @refusals()
 def train(default_config: Path, args: Sequence[str] | None = None) -> None:
     """Trains, or goes on with, the run that the arguments describe, and prints what came of it.
 
     Args:
-        default_config: The YAML file that stands in where no ``--config`` is given.
+        default_config: As :func:`command_line`.
         args: Command-line arguments; by default the process's own.
     """
-    end_with_launcher()
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=PACKAGES)
-    args = list(sys.argv[1:] if args is None else args)
-    verbose = VERBOSE in args
-    task, args = spelled_out([arg for arg in args if arg != VERBOSE], default_config)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(calm(verbose))
-        cli = TrainCLI(
-            task,
-            stack,
-            verbose,
-            args=args,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False, "description": "Trains a model; see configs/."},
-            run=False,
-        )
-        check_launcher(cli.trainer)
+        cli = command_line(default_config, sys.argv[1:] if args is None else args, stack)
         if not cli.finished:
             fit(cli.trainer, cli.model, cli.datamodule, cli.resume_from, cli.output)
         if cli.trainer.is_global_zero:

@@ -1,19 +1,15 @@
-"""The report as one HTML page that needs nothing else: no server, no network, no fonts, no libraries."""
+"""A comparison's report, and its page."""
 
-import base64
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from dropblock_det.comparison.gather import REFERENCE, Comparison, gather
 from dropblock_det.comparison.plan import run_folder
 from dropblock_det.files import write_figure, write_json, write_text
 from dropblock_det.report.columns import BEST_GAP, GAP, LOSS, VAL_LOSS
 from dropblock_det.report.figure import report_figure
+from dropblock_det.report.html import data_uri, render
 from dropblock_det.report.resampling import other_images
 from dropblock_det.report.results import SettingResult
 from dropblock_det.report.tables import Report, build_report, to_csv, to_markdown
@@ -21,7 +17,7 @@ from dropblock_det.report.words import in_seeds, interval, number, verdict
 from dropblock_det.runs.outcomes import read_outcomes
 from dropblock_det.tasks.evaluation import Outcomes
 
-SCRIPTS = ("base", "answer", "curves", "gaps", "samples", "start")
+SCRIPTS = ("settings", "chart", "pictures", "answer", "curves", "gaps", "samples", "start")
 
 
 def write_report(root: Path, output: Path, last: int = 1) -> Report:
@@ -68,13 +64,14 @@ def render_page(comparison: Comparison, report: Report) -> str:
         comparison: what the curves and samples are drawn from; thumbnails are in its folder ``images``.
         report: the table.
     """
-    web = resources.files("dropblock_det.report") / "web"
-    own = {path.name: path.read_text(encoding="utf-8") for path in web.iterdir()}
-    # Everything else that the template prints is escaped, the data included: see tojson's own rules.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     metrics = [column.metric for column in report.columns.values()]
-    return environment.from_string(own["page.html"]).render(
-        base=report.base,
+    return render(
+        "comparison.html",
+        SCRIPTS,
+        _data(comparison, report),
+        kind="comparison",
+        title="Did it help?",
+        about=report.base,
         report=report,
         reference=REFERENCE,
         total=len(comparison.settings) * len(comparison.seeds),
@@ -91,11 +88,6 @@ def render_page(comparison: Comparison, report: Report) -> str:
         ],
         cells=lambda result: _cells(report, result),
         provenance=_provenance(comparison),
-        css=Markup(own["page.css"]),
-        js=Markup("\n".join(own[f"{name}.js"] for name in SCRIPTS)),
-        data=jinja2.utils.htmlsafe_json_dumps(
-            _data(comparison, report), separators=(",", ":"), allow_nan=False
-        ),
     )
 
 
@@ -196,9 +188,7 @@ def _words(report: Report, result: SettingResult, name: str) -> dict[str, str]:
 
 def _thumbnail(comparison: Comparison, sample_id: str) -> str | None:
     path = comparison.root / "images" / f"{sample_id}.jpg"
-    return (
-        "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
-    )
+    return data_uri(path.read_bytes(), "jpeg") if path.is_file() else None
 
 
 def _rounded(mark: dict[str, Any]) -> dict[str, Any]:

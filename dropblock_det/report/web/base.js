@@ -1,16 +1,7 @@
+// What every page has: making elements, numbers, choices, a tip, tables that sort, light and dark.
+
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const settings = data.results.map(result => result.setting);
-const others = settings.filter(s => s !== data.reference);
-const resultOf = new Map(data.results.map(result => [result.setting, result]));
-const state = { metric: data.headline, epoch: "last", hidden: new Set(), layout: "together", curve: data.headline,
-  image: 0, seed: null, score: 0.3 };
-
-// Okabe and Ito's palette, its yellow darkened, and dashes as a second way to tell the settings apart.
-const palette = ["#e69f00", "#56b4e9", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#b8a700"];
-const dashes = ["", "7 4", "2 4", "9 3 2 3", "14 4", "5 2 1 2 1 2"];
-const colour = s => s === data.reference ? "var(--ink)" : palette[others.indexOf(s) % palette.length];
-const dash = s => s === data.reference ? "" : dashes[others.indexOf(s) % dashes.length];
 
 const $ = id => document.getElementById(id);
 function filled(node, attributes, children) {
@@ -61,3 +52,26 @@ function showTip(event, ...lines) {
   tip.style.top = event.pageY + 16 + "px";
 }
 const hideTip = () => { tip.hidden = true; };
+
+function sortTable(header) {
+  const table = header.closest("table"), column = header.cellIndex, body = table.tBodies[0];
+  const ascending = header.ariaSort !== "ascending";
+  for (const th of table.tHead.rows[0].cells) th.removeAttribute("aria-sort");
+  header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+  const value = row => row.cells[column].dataset.value;
+  const order = (a, b) => {
+    const [p, q] = [value(a), value(b)];
+    if (p === "" || q === "") return (p === "") - (q === ""); // not measured: last, either way
+    const difference = column === 0 ? p.localeCompare(q) : p - q;
+    return ascending ? difference : -difference;
+  };
+  body.append(...[...body.rows].sort(order));
+}
+for (const th of document.querySelectorAll("thead th:has(button)"))
+  th.querySelector("button").onclick = () => sortTable(th);
+
+$("theme").onclick = () => {
+  const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)").matches;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : system;
+  root.dataset.theme = dark ? "light" : "dark";
+};

@@ -148,21 +148,22 @@ def apply_mask(x: Tensor, words: Tensor, dropped: Tensor, per_channel: bool, cha
         dropped: the number of elements that it drops, in parts.
         per_channel: whether the mask has the channels of ``x`` or one for all.
         channels_last: the memory format of the result.
+
+    The device of ``x`` must be the current one, as it is wherever autograd calls this.
     """
     x = x.contiguous(memory_format=memory_format(channels_last))
     y = torch.empty_like(x)
     n, c, height, width = x.shape
     pixels = height * width
     programs = n * -(-c // 32) * -(-pixels // PIXELS)
-    with torch.cuda.device_of(x):
-        launch(
-            kernels.scaled_copy, (x.dtype, x.data_ptr() % 16), programs,
-            x, y, words, dropped, n, c, pixels, dropped.numel(),
-            SHARED=not per_channel, CHANNELS_LAST=channels_last, PIXELS=PIXELS,
-            VECTOR=math.gcd(c if channels_last else pixels, 16), PARTS=PARTS,
-            INDEX=tl.int64 if programs * 32 * PIXELS >= 2**31 else tl.int32,
-            WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32,
-        )  # fmt: skip
+    launch(
+        kernels.scaled_copy, (x.dtype, x.data_ptr() % 16), programs,
+        x, y, words, dropped, n, c, pixels, dropped.numel(),
+        SHARED=not per_channel, CHANNELS_LAST=channels_last, PIXELS=PIXELS,
+        VECTOR=math.gcd(c if channels_last else pixels, 16), PARTS=PARTS,
+        INDEX=tl.int64 if programs * 32 * PIXELS >= 2**31 else tl.int32,
+        WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
     return y
 
 

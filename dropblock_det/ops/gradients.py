@@ -25,4 +25,7 @@ class MaskedCopy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The same mask, applied to the gradient."""
         mask = ctx.saved_tensors
-        return MaskedCopy.apply(grad, ctx.apply_mask, *mask), None, *[None for _ in mask]
+        # A gradient that is not differentiated itself is spared the cost of an autograd function.
+        if torch.is_grad_enabled():
+            return MaskedCopy.apply(grad, ctx.apply_mask, *mask), None, *[None for _ in mask]
+        return ctx.apply_mask(grad, *mask), None, *[None for _ in mask]

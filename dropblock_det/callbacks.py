@@ -184,7 +184,7 @@ class Regularize(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds what is regularized and how, so that ``tools/evaluate.py --samples`` does the same.
+        """Adds what is regularized and how, so that ``evaluate --samples`` does the same.
 
         A module of one's own cannot be rebuilt from a checkpoint that is safe to load; its class is noted.
         """

@@ -16,18 +16,21 @@ from rich.text import Text
 from dropblock_det.arguments import checked_arguments
 from dropblock_det.errors import InputError, printable
 
+MAIN = Path(__file__).with_name("__main__.py")  # the program where it was started by python -m
+
 
 def command(
-    what: Callable[..., Any] | Mapping[str, Callable[..., Any]], args: Sequence[str] | None = None
+    what: Callable[..., Any] | Mapping[str, Callable[..., Any]], words: Sequence[str], name: str
 ) -> Any:
-    """Calls a function with the command line's arguments.
+    """Calls a function with a command line's arguments.
 
     A parameter without a default is given by its place, the others by ``--name``; a list or tuple takes
     several words, and a ``bool`` is a flag. Types, ranges and help come from annotations and docstring.
 
     Args:
-        what: The function; or several by name, of which the first word chooses one.
-        args: The words; by default the process's own.
+        what: The function; or several of a module by name, of which the first word chooses one.
+        words: The command line after the command's name.
+        name: The command's, for ``--help``.
 
     Returns:
         What the function returns.
@@ -35,20 +38,31 @@ def command(
     Raises:
         InputError: The words don't fit the signature.
     """
-    words = sys.argv[1:] if args is None else args
+    prog = started_as(name)
     if callable(what):
-        function, given = what, parsed(_parser(what), words).as_dict()
+        function, given = what, parsed(_parser(what, prog), words).as_dict()
     else:
-        parser = ArgumentParser(
-            exit_on_error=False, allow_abbrev=False, description=_help(sys.modules["__main__"])
-        )
+        about = _help(inspect.getmodule(next(iter(what.values()))))
+        parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, prog=prog, description=about)
         chosen = parser.add_subcommands(required=True)
-        for name, choice in what.items():
-            subparser = _parser(choice)
-            chosen.add_subcommand(name, subparser, help=subparser.description)
+        for first, choice in what.items():
+            subparser = _parser(choice, f"{prog} {first}")
+            chosen.add_subcommand(first, subparser, help=subparser.description)
         found = parsed(parser, words)
         function, given = what[found.subcommand], found[found.subcommand].as_dict()
     return function(**checked_arguments(function, given))
+
+
+def started_as(name: str) -> str:
+    """Returns how to run a command, in the way in which this process was started.
+
+    That is a script of a checkout's tools/, ``python -m dropblock_det`` or the installed ``dropblock-det``.
+    """
+    program = Path(sys.argv[0])
+    script = program.parent / f"{name.replace('-', '_')}.py"
+    if program.parent.name == "tools" and script.exists():
+        return f"python {script}"
+    return f"{'python -m dropblock_det' if program == MAIN else 'dropblock-det'} {name}"
 
 
 def parsed(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
@@ -67,12 +81,13 @@ def _help(documented: Any) -> str:
     return (inspect.getdoc(documented) or "").partition("\n\n")[0]
 
 
-def _parser(function: Callable[..., Any]) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=_help(function))
+def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
+    about = _help(function)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, prog=prog, description=about)
     kinds = get_type_hints(function)
-    about = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    helps = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for name, parameter in inspect.signature(function).parameters.items():
-        options: dict[str, Any] = {"help": about.get(name)}
+        options: dict[str, Any] = {"help": helps.get(name)}
         required = parameter.default is parameter.empty
         if not required:
             default = parameter.default

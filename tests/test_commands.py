@@ -42,13 +42,15 @@ def measure(
 
 def test_a_signature_is_a_command_line():
     given = command(
-        measure, ["here", "--seeds", "3", "4", "--size", "5", "6", "--dry-run", "--output", "there"]
+        measure,
+        ["here", "--seeds", "3", "4", "--size", "5", "6", "--dry-run", "--output", "there"],
+        "measure",
     )
     assert given == {
         **{"folder": Path("here"), "seeds": [3, 4], "size": (5, 6), "lr": 0.1},
         **{"dry_run": True, "kind": "fast", "output": Path("there")},
     }
-    assert command({"measure": measure}, ["measure", "x"])["seeds"] == [0, 1]
+    assert command({"measure": measure}, ["measure", "x"], "tool")["seeds"] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -71,11 +73,11 @@ def test_a_signature_is_a_command_line():
     ],
 )
 def test_what_does_not_fit_is_one_line(words, message, line_of):
-    assert message in line_of(lambda: command(measure, words))
+    assert message in line_of(lambda: command(measure, words, "measure"))
 
 
 def test_a_wrong_command_is_one_line(line_of):
-    assert "three" in line_of(lambda: command({"one": measure, "two": measure}, ["three", "x"]))
+    assert "three" in line_of(lambda: command({"one": measure, "two": measure}, ["three", "x"], "tool"))
 
 
 def test_arguments_are_checked_where_they_come_from():

@@ -1,14 +1,6 @@
-"""Evaluates a checkpoint: the twelve COCO figures and val_loss, from the checkpoint and the images alone."""
+"""Evaluates a checkpoint: ``dropblock-det evaluate``."""
 
-from dropblock_det.errors import run_tool
-
-
-def main() -> None:
-    from dropblock_det.commands import command  # here, so that Ctrl-C ends the imports too
-    from dropblock_det.training.evaluate import evaluate
-
-    command(evaluate)
-
+from dropblock_det.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(main)
+    main("evaluate")

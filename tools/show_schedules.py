@@ -3,6 +3,7 @@
 python tools/show_schedules.py [--output schedules.png]
 """
 
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -34,4 +35,4 @@ def show_schedules(output: Path = Path("schedules.png")) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(lambda: command(show_schedules))
+    run_tool(lambda: command(show_schedules, sys.argv[1:], "show-schedules"))

@@ -1,15 +1,6 @@
-"""Trains a detector; ``--help`` lists the settings, ``--config`` files in configs/ hold them."""
+"""Trains a model, or goes on with a run: ``dropblock-det train``."""
 
-from pathlib import Path
-
-from dropblock_det.errors import run_tool
-
-
-def main() -> None:
-    from dropblock_det.training.cli import train  # here, so that Ctrl-C ends the imports too
-
-    train(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
-
+from dropblock_det.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(main)
+    main("train")

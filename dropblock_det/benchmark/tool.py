@@ -1,4 +1,10 @@
-"""The command: measures case after case, and writes each one's rows before the next is measured."""
+"""Measures DropBlock against its peers: on one map, or in a training step of RetinaNet.
+
+dropblock-det benchmark op --stage 1 3 --busy 2
+dropblock-det benchmark train-step --size 800 1088 --compiled
+
+Case after case is measured, and each one's rows are written before the next.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -147,3 +153,7 @@ def measure_all(cases: Sequence[Callable[[], Case]], rounds: int, output: Path, 
         else:
             plot(rows, output.with_suffix(".png"))
     console.print(f"rows appended to {output}; what is shown of them lies beside it")
+
+
+MEASUREMENTS: dict[str, Callable[..., None]] = {"op": op, "train-step": train_step}
+"""The functions by the word that chooses one on the command line."""

@@ -121,7 +121,7 @@ def make_plan(
     for argument in overrides:
         name = argument.split("=")[0]
         if name.split(".")[0].rstrip("+") in OWN or (vary_subset and "subset_seed" in name):
-            raise InputError(f"{name}: compare.py sets that itself, for each run; leave it out")
+            raise InputError(f"{name}: the comparison sets it for each run; leave it out")
     plan = Plan(
         Base(base.stem, read_yaml(base)),
         {name: read_yaml(path) for name, path in settings.items()},

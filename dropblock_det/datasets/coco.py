@@ -13,6 +13,7 @@ from msgspec import Meta
 from torch.utils.data import DataLoader
 
 from dropblock_det.arguments import Count, Natural, Seed, checked_arguments
+from dropblock_det.commands import started_as
 from dropblock_det.datasets.augment import Augmentation
 from dropblock_det.datasets.coco_dataset import FLIP, CocoDataset, Item, collate
 from dropblock_det.datasets.sampling import TrainSampler, ValBatches
@@ -144,7 +145,7 @@ class CocoDataModule(LightningDataModule):
         if not self.root.is_dir():
             raise InputError(
                 f"{self.root}: no such folder; give data.root a COCO folder, or get a subset of COCO 2017: "
-                f"python tools/prepare_coco.py --train 500 --val 200 --seed 0 --out {self.root}"
+                f"{started_as('prepare-coco')} --train 500 --val 200 --seed 0 --out {self.root}"
             )
 
     def validation_arguments(self) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         msgspec.convert(checkpoint, _Content)
     except msgspec.ValidationError as error:
         raise InputError(
-            f"{path}: not a checkpoint of dropblock_det ({error}); give one that tools/train.py wrote"
+            f"{path}: not a checkpoint of dropblock_det ({error}); give one that a training wrote"
         ) from None
     return checkpoint
 

@@ -64,7 +64,7 @@ def check_whole(path: Path) -> None:
         InputError: No such file, or not the bytes that were written.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; give a .ckpt file that tools/train.py wrote")
+        raise InputError(f"{path}: no such checkpoint; give a .ckpt file that a training wrote")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

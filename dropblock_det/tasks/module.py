@@ -104,7 +104,7 @@ class TaskModule(LightningModule):
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the task's name and where the validation images are, for ``tools/evaluate.py``."""
+        """Adds the task's name and where the validation images are, for the evaluation."""
         checkpoint["task"] = self.task
         checkpoint["validation_data"] = self.trainer.datamodule.validation_arguments()  # type: ignore[attr-defined]
 

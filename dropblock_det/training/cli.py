@@ -5,8 +5,7 @@ import contextlib
 import importlib
 import inspect
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dropblock_det.arguments import Seed, checked_arguments
 from dropblock_det.callbacks import Regularize
-from dropblock_det.commands import parsed
+from dropblock_det.commands import parsed, started_as
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_yaml, write_text
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO, Checkpoints
@@ -31,6 +30,7 @@ from dropblock_det.runs.folder import (
     read_config,
 )
 from dropblock_det.runs.recorder import RunRecord
+from dropblock_det.shipped import FIRST, config_file
 from dropblock_det.training.launch import (
     Sound,
     check_launcher,
@@ -46,6 +46,7 @@ from dropblock_det.training.terminal import Story, calm, print_result, shows_a_b
 # A setting can name a class, and to import a module is to run it: nothing outside these is imported.
 PACKAGES = ["dropblock_det", "lightning", "torch", "torchvision"]
 VERBOSE = "--verbose"
+CONFIG_OPTIONS = ("--config", "-c")
 SHORT = {"--on-nonfinite": "--model.on_nonfinite"}
 # Settings of the trainer that are not for the user: a run has its own, or could not be a run.
 OURS = ("logger", "plugins", "default_root_dir", "use_distributed_sampler", "fast_dev_run", "barebones")
@@ -60,7 +61,7 @@ LEAST = {
 
 
 class TrainCLI(LightningCLI):
-    """``tools/train.py``: settings from YAML files and the command line, all results under ``--output``.
+    """The train command: settings from YAML files and the command line, all results under ``--output``.
 
     Args:
         task: The task's name: its module's settings are ``--model.*``.
@@ -210,7 +211,7 @@ def _class_and_arguments(setting: dict[str, Any], default: type) -> tuple[type, 
     return getattr(importlib.import_module(module), name), setting.get("init_args", {})
 
 
-def spelled_out(args: Sequence[str], default_config: Path) -> tuple[str, list[str]]:
+def spelled_out(args: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the task, and the arguments with a ``--config`` and without the shorter ways to say things.
 
     ``--resume FOLDER`` stands for the folder's own settings and the folder as ``--output``.
@@ -221,22 +222,23 @@ def spelled_out(args: Sequence[str], default_config: Path) -> tuple[str, list[st
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", type=Path)
     looked_at = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    looked_at.add_argument("-c", "--config", action="append", type=Path, default=[])
+    looked_at.add_argument(*CONFIG_OPTIONS, action="append", type=Path, default=[])
     looked_at.add_argument("--output", type=Path)
     looked_at.add_argument("--task")
+    args = list(_with_config_files(args))
     try:
         given, rest = parser.parse_known_args(args)
         seen, _ = looked_at.parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise InputError(f"{error}; --help lists the settings") from None
-    configs = [read_yaml(path) for path in seen.config or [default_config]]
+    configs = [read_yaml(path) for path in seen.config or [FIRST]]
     if given.resume is not None:
         configs = [read_config(given.resume), *(configs if seen.config else [])]
     named = [config["task"] for config in configs if "task" in config]
     task = seen.task or (named[-1] if named else "detection")
     rest = ["=".join([SHORT.get(name, name), *value]) for name, *value in (arg.split("=", 1) for arg in rest)]
     if given.resume is None:
-        return task, rest if seen.config else [f"--config={default_config}", *rest]
+        return task, rest if seen.config else [f"--config={FIRST}", *rest]
     if seen.output not in (None, given.resume):
         raise InputError(
             f"--output {seen.output}: --resume goes on in {given.resume} itself; leave --output out, "
@@ -245,18 +247,29 @@ def spelled_out(args: Sequence[str], default_config: Path) -> tuple[str, list[st
     return task, [f"--config={given.resume}/{CONFIG_NAME}", *rest, f"--output={given.resume}"]
 
 
-def command_line(default_config: Path, args: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
+def _with_config_files(words: Sequence[str]) -> Iterator[str]:
+    """Yields the words, with a file in place of the name of a shipped config."""
+    before = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if before in CONFIG_OPTIONS:
+            yield str(config_file(word))
+        else:
+            yield f"{name}={config_file(value)}" if name in CONFIG_OPTIONS and equals else word
+        before = word
+
+
+def command_line(words: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
     """Makes trainer, module and data of the run that the arguments describe; nothing is trained yet.
 
     Args:
-        default_config: The YAML file that stands in where no ``--config`` is given.
-        args: Command-line arguments.
+        words: The command line after the command's name; without a ``--config`` it is the quickstart's.
         stack: Releases the run's folder, and Lightning's own messages, when it ends.
     """
     end_with_launcher()
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=PACKAGES)
-    verbose = VERBOSE in args
-    task, args = spelled_out([arg for arg in args if arg != VERBOSE], default_config)
+    verbose = VERBOSE in words
+    task, args = spelled_out([word for word in words if word != VERBOSE])
     stack.enter_context(calm(verbose))
     cli = TrainCLI(
         task,
@@ -269,7 +282,11 @@ def command_line(default_config: Path, args: Sequence[str], stack: contextlib.Ex
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"exit_on_error": False, "description": "Trains a model; see configs/."},
+        parser_kwargs={
+            "exit_on_error": False,
+            "prog": started_as("train"),
+            "description": "Trains a model. --config takes a file or the name of a shipped config.",
+        },
         run=False,
     )
     check_launcher(cli.trainer)
@@ -277,15 +294,14 @@ def command_line(default_config: Path, args: Sequence[str], stack: contextlib.Ex
 
 
 @refusals()
-def train(default_config: Path, args: Sequence[str] | None = None) -> None:
+def train(words: Sequence[str]) -> None:
     """Trains, or goes on with, the run that the arguments describe, and prints what came of it.
 
     Args:
-        default_config: As :func:`command_line`.
-        args: Command-line arguments; by default the process's own.
+        words: As :func:`command_line`.
     """
     with contextlib.ExitStack() as stack:
-        cli = command_line(default_config, sys.argv[1:] if args is None else args, stack)
+        cli = command_line(words, stack)
         if not cli.finished:
             fit(cli.trainer, cli.model, cli.datamodule, cli.resume_from, cli.output)
         if cli.trainer.is_global_zero:

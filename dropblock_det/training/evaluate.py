@@ -42,7 +42,7 @@ def evaluate(
     """Evaluates a checkpoint: its task's metrics and val_loss, from it and the images alone.
 
     Args:
-        checkpoint: A .ckpt file that tools/train.py wrote.
+        checkpoint: A .ckpt file that a training wrote.
         data: Folder of the data set; by default that of the training.
         images: Detection: image folder below it; by default as in the training.
         annotations: Detection: annotation file below it; by default likewise.

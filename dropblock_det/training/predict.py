@@ -34,7 +34,7 @@ def load_model(checkpoint: Path | str, device: str = "auto") -> TaskModule:
     Its categories, by label, are ``model.hparams["categories"]``.
 
     Args:
-        checkpoint: A .ckpt file that tools/train.py wrote.
+        checkpoint: A .ckpt file that a training wrote.
         device: As torch names it, such as ``cpu`` or ``cuda:1``; ``auto`` is an accelerator if there is one.
 
     Raises:
@@ -92,7 +92,7 @@ def predict_files(
     An image that can't be read is named and left out.
 
     Args:
-        checkpoint: A .ckpt file that tools/train.py wrote.
+        checkpoint: A .ckpt file that a training wrote.
         images: Image files, folders that are searched for them, patterns such as 'photos/**/*.jpg'.
         output: Folder for results.json and pictures/; nothing is written elsewhere.
         score: Predictions below it are left out; those below the model's own model.score_thresh always are.

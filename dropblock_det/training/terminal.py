@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.table import Table
 
 from dropblock_det.callbacks import Regularize
-from dropblock_det.commands import PlainConsole
+from dropblock_det.commands import PlainConsole, started_as
 from dropblock_det.runs.folder import best_checkpoint
 from dropblock_det.runs.record import Epoch, read_record
 from dropblock_det.runs.recorder import RunRecord
@@ -166,8 +166,8 @@ def print_result(folder: Path) -> None:
     checkpoint = best_checkpoint(folder)
     if checkpoint.exists():  # people remove what takes hundreds of MB
         console.print(f"checkpoint  {checkpoint}")
-        console.print(f"evaluate    python tools/evaluate.py {checkpoint}")
-        console.print(f"predict     python tools/predict.py {checkpoint} IMAGES")
+        console.print(f"evaluate    {started_as('evaluate')} {checkpoint}")
+        console.print(f"predict     {started_as('predict')} {checkpoint} IMAGES")
 
 
 def _regularizers(trainer: Trainer) -> str:

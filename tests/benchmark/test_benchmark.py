@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.the_tools import tool_module
 
+from dropblock_det.__main__ import run
 from dropblock_det.benchmark import measure, report, tool
 from dropblock_det.benchmark.figure import plot
 from dropblock_det.ops import dropblock
@@ -152,8 +152,7 @@ def test_bad_arguments_are_one_line_before_anything_is_measured(
     for name, content in kept.items():
         Path(name).write_bytes(content)
     Path("folder.csv").mkdir()
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
-    line = line_of(tool_module("benchmark.py").main)
+    line = line_of(lambda: run(["benchmark", *arguments]))
     assert all(word in line for word in words), line
     assert {name: Path(name).read_bytes() for name in kept} == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "folder.csv"])
@@ -167,8 +166,7 @@ def test_the_tool_keeps_earlier_rows_and_writes_table_and_plot(matplotlib, tmp_p
     path = tmp_path / "rows.csv"
     arguments = ["op", "--stage", "4", "--batch", "1", "--rounds", "2", "--output", str(path)]
     for _ in range(2):
-        monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
-        tool_module("benchmark.py").main()
+        run(["benchmark", *arguments])
     settings = ["float32 k=7 p=0.1", "float32 k=3 p=0.3"]
     rows = report.read_rows(path)
     assert [row.setting for row in rows if row.provider == "ours, cpu"] == settings * 2

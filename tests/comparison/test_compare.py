@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 from support.synthetic_runs import invented_runs
-from support.the_tools import TOOLS, one_error_line, run_tool, tool_module
+from support.the_tools import TOOLS, one_error_line, run_tool
 from support.tiny_run import options
 
 from dropblock_det.comparison.gather import gather
@@ -33,6 +33,7 @@ from dropblock_det.comparison.runner import LOCK_NAME, Runner
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, take_lock, write_json
 from dropblock_det.runs.record import read_record, write_record
+from dropblock_det.training import compare as tool_module
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/quickstart.yaml"
@@ -184,7 +185,7 @@ def test_other_configs_do_not_mix(tmp_path):
     ],
 )
 def test_overrides_of_what_makes_the_runs_differ_are_refused(argument, tmp_path):
-    with pytest.raises(InputError, match=f"{argument.split('=')[0]}: compare.py sets that itself"):
+    with pytest.raises(InputError, match=f"{argument.split('=')[0]}: the comparison sets it"):
         planned(*configs(tmp_path), [0], ["--data.root", "x", argument, "5"])
 
 
@@ -193,7 +194,7 @@ def test_the_subset_s_seed_is_compare_s_own_where_it_varies(tmp_path):
     for name in ("--data.train_subset_seed", "--data.init_args.subset_seed"):
         overrides = ["--data.train_subset=8", f"{name}=3"]
         assert planned(base, settings, [0], overrides).overrides == tuple(overrides)
-        with pytest.raises(InputError, match=f"{name}: compare.py sets that itself"):
+        with pytest.raises(InputError, match=f"{name}: the comparison sets it"):
             planned(base, settings, [0], overrides, vary_subset=True)
 
 
@@ -516,7 +517,10 @@ def test_ctrl_c_ends_the_training_and_writes_no_record(tmp_path):
         (["run", CONFIG, "--devices", "cpu", "99"], "--devices 99: "),
         (["run", CONFIG, "--seeds", "-1"], "seeds: got [-1]"),
         (["run", CONFIG, "--runs", "/proc/no"], "/proc/no: No such file or directory"),
-        (["run", CONFIG, "--", "--seed_everything", "5"], "--seed_everything: compare.py sets that itself"),
+        (
+            ["run", CONFIG, "--", "--seed_everything", "5"],
+            "--seed_everything: the comparison sets it",
+        ),
     ],
 )
 def test_bad_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
@@ -526,13 +530,11 @@ def test_bad_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
 
 @pytest.fixture
 def tool(monkeypatch):
-    """tools/compare.py as a function of its arguments, with the invented training."""
-    module = tool_module("compare.py")
-    monkeypatch.setattr(module, "TRAINING", FAKE)
+    """The compare command as a function of its arguments, with the invented training."""
+    monkeypatch.setattr(tool_module, "TRAINING", FAKE)
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
-        module.main()
+        tool_module.compare([*map(str, arguments)])
 
     before = signal.getsignal(signal.SIGTERM)
     yield call

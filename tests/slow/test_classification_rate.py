@@ -58,7 +58,7 @@ def ours(mnist, output):
         *(f"--trainer.max_epochs={EPOCHS}", "--trainer.accelerator=cpu", "--trainer.precision=bf16-mixed"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
     ]
-    cli.train(CONFIG, arguments)
+    cli.train(arguments)
     record = read_record(output)
     return statistics.median(epoch["images_per_s"] for epoch in record.epochs)
 

@@ -36,7 +36,7 @@ def train(args, monkeypatch):
     from dropblock_det.training import cli  # Lightning takes ten seconds, which most tests do without
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    cli.train(ROOT / "configs" / "quickstart.yaml", args)
+    cli.train(args)
 
 
 def start(args, program=(ROOT / "tools" / "train.py",), **kwargs):

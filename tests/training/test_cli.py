@@ -62,7 +62,7 @@ def test_a_run_leaves_its_whole_record(run):
 def test_it_ends_with_the_table_and_the_next_command(run):
     output = (run / "stdout.txt").read_text()
     assert all(name in output for name in FIGURES)
-    assert f"python tools/evaluate.py {run}/checkpoints/best.ckpt" in output
+    assert f"python {ROOT}/tools/evaluate.py {run}/checkpoints/best.ckpt" in output
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_other_settings_in_the_same_folder_are_refused(run, scenes, monkeypatch)
 def test_a_folder_without_a_run_is_not_resumed(content, message, tmp_path, line_of):
     if content is not None:
         (tmp_path / "config.yaml").write_bytes(content)
-    assert message.format(tmp_path) in line_of(lambda: cli.train(CONFIG, ["--resume", str(tmp_path)]))
-    assert "--resume: expected one argument" in line_of(lambda: cli.train(CONFIG, ["--resume"]))
+    assert message.format(tmp_path) in line_of(lambda: cli.train(["--resume", str(tmp_path)]))
+    assert "--resume: expected one argument" in line_of(lambda: cli.train(["--resume"]))
 
 
 @pytest.mark.parametrize("record", ["[]", "{}", "{", '{"finished": true}'])
@@ -135,19 +135,19 @@ def test_a_broken_record_is_named(record, run, tmp_path, line_of, monkeypatch):
 def test_shorter_ways_to_say_things(run):
     short = ["--on-nonfinite=skip", "--model.lr", "0.1"]
     expected = "detection", [f"--config={CONFIG}", "--model.on_nonfinite=skip", *short[1:]]
-    assert cli.spelled_out(short, CONFIG) == expected
+    assert cli.spelled_out(short) == expected
     given = ["--config", str(run / "config.yaml"), "--on-nonfinite", "skip"]
-    assert cli.spelled_out(given, CONFIG)[1] == [*given[:2], "--model.on_nonfinite", "skip"]
-    assert cli.spelled_out(["--trainer.devices=2", "--resume", str(run)], CONFIG)[1] == [
+    assert cli.spelled_out(given)[1] == [*given[:2], "--model.on_nonfinite", "skip"]
+    assert cli.spelled_out(["--trainer.devices=2", "--resume", str(run)])[1] == [
         *(f"--config={run}/config.yaml", "--trainer.devices=2", f"--output={run}")
     ]
 
 
 def test_a_run_is_resumed_in_its_own_folder(run, tmp_path, line_of):
     resume = ["--resume", str(run), "--output", str(tmp_path / "other")]
-    assert f"--resume goes on in {run} itself" in line_of(lambda: cli.train(CONFIG, resume))
+    assert f"--resume goes on in {run} itself" in line_of(lambda: cli.train(resume))
     assert not (tmp_path / "other").exists()
-    assert cli.spelled_out(["--resume", str(run), f"--output={run}"], CONFIG)[1][-1] == f"--output={run}"
+    assert cli.spelled_out(["--resume", str(run), f"--output={run}"])[1][-1] == f"--output={run}"
 
 
 def test_a_folder_in_use_is_left_alone(run, scenes, tmp_path, line_of, monkeypatch):
@@ -196,8 +196,8 @@ def test_without_the_best_checkpoint_it_is_not_named(run, scenes, tmp_path, monk
     assert ".ckpt" not in printed
 
 
-DIES_WHILE_WRITING = f"""
-import io, os, pathlib, signal, sys, torch
+DIES_WHILE_WRITING = """
+import io, os, signal, sys, torch
 from dropblock_det.training import cli
 whole = torch.save
 
@@ -211,7 +211,7 @@ def save(checkpoint, file):
     whole(checkpoint, file)
 
 torch.save = save
-cli.train(pathlib.Path({str(CONFIG)!r}), sys.argv[1:])
+cli.train(sys.argv[1:])
 """
 
 

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.the_tools import tool_module
 
+from dropblock_det import __main__ as commands
 from dropblock_det.datasets.images import read_image
 from dropblock_det.errors import InputError
 from dropblock_det.runs.pictures import prediction_figure
@@ -67,9 +66,8 @@ def test_the_results_are_those_of_the_evaluation(best, scenes, tmp_path):
 def test_a_broken_image_is_named_and_the_others_are_predicted(best, photos, tmp_path, monkeypatch, capsys):
     words = [str(best), str(photos), "--output", str(tmp_path / "out"), "--score", "0.01", "--device", "cpu"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(sys, "argv", ["predict.py", *words])
     with pytest.raises(SystemExit) as caught:
-        tool_module("predict.py").main()
+        commands.run(["predict", *words])
     assert caught.value.code == 1
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 2

@@ -49,7 +49,7 @@ def arguments(folder, output, *more):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "one"
-    cli.train(CONFIG, arguments(folder, output))
+    cli.train(arguments(folder, output))
     return output
 
 
@@ -91,9 +91,9 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(run, folder, tmp_path, m
 
     monkeypatch.setattr(ClassificationModule, "on_train_epoch_start", dies)
     with pytest.raises(KeyError, match="killed"):
-        cli.train(CONFIG, arguments(folder, output))
+        cli.train(arguments(folder, output))
     monkeypatch.setattr(ClassificationModule, "on_train_epoch_start", whole_epoch)
-    cli.train(CONFIG, ["--resume", str(output)])
+    cli.train(["--resume", str(output)])
     straight, resumed = (read_record(path).epochs for path in (run, output))
     for mine, other in zip(resumed, straight, strict=True):
         for name in ("loss", "val_loss", "accuracy", "p", "drop_share"):
@@ -138,13 +138,13 @@ def test_gray_images_come_to_torchvision_s_classifiers_three_times_over():
 )
 def test_what_cannot_be_trained_is_one_line(folder, tmp_path, more, message):
     with pytest.raises(InputError, match=message) as caught:
-        cli.train(CONFIG, arguments(folder, tmp_path / "run", *more))
+        cli.train(arguments(folder, tmp_path / "run", *more))
     assert "\n" not in str(caught.value)
 
 
 def test_another_task_s_folder_is_not_resumed(run, folder):
     with pytest.raises(InputError, match=r"data.*not correspond to a subclass of CocoDataModule"):
-        cli.train(CONFIG, ["--resume", str(run), "--task", "detection"])
+        cli.train(["--resume", str(run), "--task", "detection"])
 
 
 def test_predicting_gives_the_class_of_each_image(run, folder, tmp_path):

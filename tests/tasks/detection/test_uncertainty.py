@@ -323,4 +323,4 @@ def test_no_samples_at_all(line_of):
     from dropblock_det.commands import command
     from dropblock_det.training.evaluate import evaluate
 
-    assert "samples: got 0" in line_of(lambda: command(evaluate, ["x.ckpt", "--samples", "0"]))
+    assert "samples: got 0" in line_of(lambda: command(evaluate, ["x.ckpt", "--samples", "0"], "evaluate"))

@@ -4,38 +4,33 @@ import zlib
 import pytest
 import torch
 from PIL import Image
-from support.the_tools import tool_module
 
-from dropblock_det.commands import command
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return tool_module("show_masks.py")
+from dropblock_det.__main__ import run
+from dropblock_det.show import masks
 
 
-def test_the_edge_channels_are_named_after_what_they_see(tool):
+def test_the_edge_channels_are_named_after_what_they_see():
     rows, columns = torch.meshgrid(torch.arange(160), torch.arange(160), indexing="ij")
     halves = {"│": columns < 80, "─": rows < 80, "╲": rows < columns, "╱": rows + columns < 160}
     for name, half in halves.items():
         image = half.float().expand(3, -1, -1)
-        fine = tool.edges(image.mean(0)[None, None])[0]
-        strongest = tool.CHANNELS[fine.mean((1, 2)).argmax()]
+        fine = masks.edges(image.mean(0)[None, None])[0]
+        strongest = masks.CHANNELS[fine.mean((1, 2)).argmax()]
         assert strongest == f"edges {name}"
 
 
-def test_the_feature_map_follows_the_image_s_shape(tool):
-    features = tool.feature_map(torch.rand(3, 300, 600))
+def test_the_feature_map_follows_the_image_s_shape():
+    features = masks.feature_map(torch.rand(3, 300, 600))
     assert features.shape == (1, 8, 20, 40)
     assert (features.min(), features.max()) == (0, 1)
-    assert torch.isfinite(tool.feature_map(torch.zeros(3, 5, 900))).all()
+    assert torch.isfinite(masks.feature_map(torch.zeros(3, 5, 900))).all()
 
 
-def test_the_picture_is_written(tool, tmp_path):
+def test_the_picture_is_written(tmp_path):
     Image.new("L", (80, 60), 128).save(tmp_path / "gray.png")
     out = tmp_path / "masks.png"
     words = ["--image", str(tmp_path / "gray.png"), "--block-sizes", "2", "--output", str(out)]
-    command(tool.show_masks, words)
+    run(["show-masks", *words])
     with Image.open(out) as image:
         assert min(image.size) > 300
 
@@ -52,14 +47,14 @@ def test_the_picture_is_written(tool, tmp_path):
         (["--seed", "-1"], "seed: got -1"),
     ],
 )
-def test_bad_arguments_are_input_errors(tool, tmp_path, monkeypatch, line_of, arguments, words):
+def test_bad_arguments_are_input_errors(tmp_path, monkeypatch, line_of, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert words in line_of(lambda: command(tool.show_masks, arguments))
+    assert words in line_of(lambda: run(["show-masks", *arguments]))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_cannot_be_written_is_one_line(tool, line_of):
-    assert "/proc/" in line_of(lambda: command(tool.show_masks, ["--output", "/proc/x.png"]))
+def test_a_picture_that_cannot_be_written_is_one_line(line_of):
+    assert "/proc/" in line_of(lambda: run(["show-masks", "--output", "/proc/x.png"]))
 
 
 def png(width, height, *chunks):
@@ -92,8 +87,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_images_are_refused_in_a_line(tool, tmp_path, line_of, name):
+def test_hostile_images_are_refused_in_a_line(tmp_path, line_of, name):
     (tmp_path / name).write_bytes(HOSTILE[name]())
     words = ["--image", str(tmp_path / name), "--output", str(tmp_path / "masks.png")]
-    assert f"{name}: " in line_of(lambda: command(tool.show_masks, words))
+    assert f"{name}: " in line_of(lambda: run(["show-masks", *words]))
     assert not (tmp_path / "masks.png").exists()

@@ -1,0 +1,1 @@
+"""What one looks at before a training: where regularizers would go, and what they remove."""

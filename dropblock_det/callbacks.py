@@ -135,7 +135,7 @@ class Regularize(Callback):
         if self.p is not None:
             p = p_at(self._progress(trainer), self.p, self.schedule, self.cutoff, self._epochs)
             self.handle.set_p(p)
-            pl_module.log(self._log_name(trainer, "p"), p)
+            pl_module.log(self._log_name(trainer, "p"), torch.tensor(p))  # a float would go to the device
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
             self.shares.start()

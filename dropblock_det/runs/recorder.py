@@ -104,7 +104,7 @@ class RunRecord(Callback):
         wait = time.perf_counter() - self._batch_end
         self._wait_s += wait
         self._images += len(pl_module.image_ids(batch)) * trainer.world_size
-        pl_module.log("data_wait_s", wait, prog_bar=True)
+        pl_module.log("data_wait_s", torch.tensor(wait))  # on the host, as all that the host knows
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -112,7 +112,7 @@ class RunRecord(Callback):
         """Logs float16's loss scale, which falls at an overflow, and starts the wait for the next batch."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
-            pl_module.log("loss_scale", scaler.get_scale())
+            pl_module.log("loss_scale", torch.tensor(scaler.get_scale()))
         self._batch_end = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from dropblock_det.arguments import Natural, Rate, Share
 from dropblock_det.errors import InputError
 from dropblock_det.schedule import lr_factor
 from dropblock_det.tasks.evaluation import Evaluation
 from dropblock_det.tasks.metric import Metric
+from dropblock_det.tasks.watch import Step, Watch
 
 
 class _Batch(NamedTuple):
@@ -35,6 +37,7 @@ class TaskModule(LightningModule):
         headline: name of the metric by which the best epoch is chosen.
         predictions: those of the last validation, in the order of the images.
         evaluation: of the last validation, on the first process; ``None`` on others and before.
+        seen_loss: training loss of the last step that the host has seen, one behind; ``None`` before.
 
     Args:
         optimizer: ``sgd`` (with momentum 0.9) or ``adamw``.
@@ -43,8 +46,8 @@ class TaskModule(LightningModule):
         lr_schedule: ``constant``, ``cosine`` or ``step``.
         lr_milestones: For ``step``: shares of the training after which the rate is divided by ten.
         warmup_steps: Optimizer steps of linear warm-up.
-        on_nonfinite: ``stop`` ends the run at a loss that is not finite; ``skip`` leaves the step out and
-            counts it as ``skipped_steps``.
+        on_nonfinite: A step whose loss or gradients are not finite changes no weight. ``stop`` ends the run
+            there; ``skip`` goes on and counts it as ``skipped_steps``.
     """
 
     task: ClassVar[str]
@@ -66,6 +69,8 @@ class TaskModule(LightningModule):
         self.predictions: list[Any] = []
         self.evaluation: Evaluation | None = None
         self._validated: list[_Batch] = []
+        self.seen_loss: float | None = None
+        self._watch = Watch()
         self._skipped_steps = 0
 
     @abstractmethod
@@ -105,6 +110,7 @@ class TaskModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the task's name and where the validation images are, for the evaluation."""
+        self._look(all_but=0)
         checkpoint["task"] = self.task
         checkpoint["validation_data"] = self.trainer.datamodule.validation_arguments()  # type: ignore[attr-defined]
 
@@ -112,48 +118,83 @@ class TaskModule(LightningModule):
         """SGD or AdamW over the trainable parameters, its rate a pure function of the global step."""
         hp: Any = self.hparams
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        fused = self.device.type in ("cpu", "cuda")
         optimizer: torch.optim.Optimizer
         if hp.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, hp.lr, momentum=0.9, weight_decay=hp.weight_decay)
+            optimizer = torch.optim.SGD(
+                parameters, hp.lr, momentum=0.9, weight_decay=hp.weight_decay, fused=fused
+            )
+            for parameter in parameters:  # torch leaves them unset where the first step is left out
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         else:
-            optimizer = torch.optim.AdamW(parameters, hp.lr, weight_decay=hp.weight_decay)
+            optimizer = torch.optim.AdamW(parameters, hp.lr, weight_decay=hp.weight_decay, fused=fused)
+        # Of the scaler of float16: gradients are unscaled before they are clipped, not within the fused step.
+        optimizer._step_supports_amp_scaling = False
+        optimizer.register_load_state_dict_pre_hook(_stays_fused)
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, total, hp.lr_schedule, hp.warmup_steps, hp.lr_milestones)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Returns the sum of the batch's losses; ``None`` leaves out a step whose loss is not finite."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the sum of the batch's losses. Nothing here waits for the device."""
         losses, ids = self.losses(batch), self.image_ids(batch)
         loss = torch.stack(list(losses.values())).sum()
-        finite = bool(torch.isfinite(loss))
-        if not self.trainer.strategy.reduce_boolean_decision(finite):  # every rank stops, or every rank skips
-            self._nonfinite(finite, losses, ids)
-            return None
-        parts = {f"loss_{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(parts, batch_size=len(ids))
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(ids))
+        self._watch.add(ids, losses)
+        self.log_dict({f"loss_{name}": value.detach() for name, value in losses.items()}, batch_size=len(ids))
+        self.log("loss", loss.detach(), batch_size=len(ids))
+        finite = loss.detach().isfinite()
+        weight: Any = finite * len(ids)  # in the epoch's mean
         self.log(
-            "loss_epoch", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(ids)
+            "loss_epoch",
+            torch.where(finite, loss.detach(), 0),
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=weight,
         )
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        self.log("lr", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        # Times 1, or times NaN: then every gradient is NaN, and after their exchange in every process.
+        return loss * (1 + 0 * loss.detach())
 
-    def _nonfinite(self, finite: bool, losses: dict[str, Tensor], ids: list[int]) -> None:
-        if self.hparams["on_nonfinite"] == "stop":
-            if finite:
-                raise InputError(
-                    f"step {self.global_step}: stopped, the loss of another process is not finite"
-                )
-            values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
-            raise InputError(
-                f"step {self.global_step}: the loss is not finite ({values}) on the images "
-                f"{', '.join(map(str, ids))}; the "
-                "last checkpoint is kept: lower model.lr, or set model.on_nonfinite=skip"
-            )
-        self._skipped_steps += 1
-        self.log("skipped_steps", float(self._skipped_steps), prog_bar=True)
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradients, and leaves the step out where they are not finite.
+
+        A fused optimizer does so on the device; with another one the host has to wait and see. All processes
+        have the same gradients and so decide alike.
+        """
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        left_out = (~get_total_norm(gradients).isfinite()).float()
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = left_out  # type: ignore[attr-defined]
+        elif left_out:
+            optimizer.zero_grad()
+        self._watch.close(self.global_step, left_out)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Looks at the losses of the step before: those of this one would have to be waited for."""
+        self._look(all_but=0 if self.trainer.is_last_batch else 1)
+        if self._skipped_steps:
+            self.log("skipped_steps", torch.tensor(float(self._skipped_steps)))
+
+    def _look(self, all_but: int) -> None:
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        for step in self._watch.look(all_but):
+            self.seen_loss = step.loss
+            if not step.nonfinite and (scaled or not step.left_out):  # the scaler's overflows are expected
+                continue
+            if self.hparams["on_nonfinite"] == "stop":
+                raise InputError(f"step {step.number}: {_fault(step)}")
+            self._skipped_steps += 1
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Keeps losses and predictions of one batch."""
@@ -190,3 +231,19 @@ class TaskModule(LightningModule):
         self.log("val_loss", sum(means.values()), prog_bar=True)
         for name, value in values.items():
             self.log(name, value, prog_bar=name == self.headline)
+
+
+def _fault(step: Step) -> str:
+    advice = "the last checkpoint is kept: lower model.lr, or set model.on_nonfinite=skip"
+    for image_ids, losses in step.nonfinite:
+        values = ", ".join(f"{name} {value}" for name, value in losses.items())
+        images = ", ".join(map(str, image_ids))
+        return f"the loss is not finite ({values}) on the images {images}; {advice}"
+    images = ", ".join(str(image_id) for image_ids, _ in step.batches for image_id in image_ids)
+    return f"the gradients are not finite, though this process's losses on the images {images} are; {advice}"
+
+
+def _stays_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A saved state says whether its own optimizer was fused: another device's, or an older version's."""
+    fused = {"fused": optimizer.defaults["fused"]}
+    return {**state, "param_groups": [group | fused for group in state["param_groups"]]}

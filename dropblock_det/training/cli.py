@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -41,7 +40,7 @@ from dropblock_det.training.launch import (
 )
 from dropblock_det.training.peers import Peers
 from dropblock_det.training.tasks import Task, task_classes
-from dropblock_det.training.terminal import Story, calm, print_result, shows_a_bar
+from dropblock_det.training.terminal import Bar, Story, calm, print_result, shows_a_bar
 
 # A setting can name a class, and to import a module is to run it: nothing outside these is imported.
 PACKAGES = ["dropblock_det", "lightning", "torch", "torchvision"]
@@ -129,7 +128,7 @@ class TrainCLI(LightningCLI):
         callbacks: list[Callback] = [Sound(), Peers(self.output), recorder, Checkpoints(recorder)]
         asked = self.config["trainer"]
         bar, summary = shows_a_bar(asked["enable_progress_bar"]), asked["enable_model_summary"]
-        callbacks += [Story(recorder, lines=not bar), *([RichProgressBar()] if bar else [])]
+        callbacks += [Story(recorder, lines=not bar), *([Bar()] if bar else [])]
         self.trainer_defaults["callbacks"] = callbacks
         board = TensorBoardLogger(self.output, name="logs")
         return super().instantiate_trainer(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from rich.table import Table
 
 from dropblock_det.callbacks import Regularize
@@ -67,6 +68,18 @@ def calm(verbose: bool = False) -> Iterator[None]:
 def shows_a_bar(wanted: bool | None) -> bool:
     """Returns whether there is a progress bar: in a terminal, unless the trainer's setting says no."""
     return wanted is not False and sys.stdout.isatty()
+
+
+class Bar(RichProgressBar):
+    """Lightning's, with figures that the host has: it shows none for which it would wait for the device."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
+        """Adds the loss of the step before."""
+        shown = {"loss": pl_module.seen_loss} if trainer.training and pl_module.seen_loss is not None else {}
+        for name in ("data_wait_s", "skipped_steps"):
+            if (value := trainer.callback_metrics.get(name)) is not None:
+                shown[name] = value.item()
+        return super().get_metrics(trainer, pl_module) | shown
 
 
 class Story(Callback):

@@ -70,7 +70,7 @@ class ToyData(LightningDataModule):
     val_dataloader = train_dataloader
 
 
-def train_toy(folder, qualities, *callbacks, data=None, **arguments):
+def train_toy(folder, qualities, *callbacks, data=None, bar=False, **arguments):
     """Trains, or resumes, for as many epochs as there are qualities."""
     picture = folder.parent / "blue.png"
     Image.new("RGB", (8, 8), "blue").save(picture)
@@ -81,7 +81,7 @@ def train_toy(folder, qualities, *callbacks, data=None, **arguments):
         logger=False,
         callbacks=[recorder, Checkpoints(recorder), *callbacks],
         plugins=[AtomicCheckpointIO()],
-        enable_progress_bar=False,
+        enable_progress_bar=bar,
         enable_model_summary=False,
         **arguments,
     )

@@ -9,7 +9,9 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Callback
 from support.tiny_run import ROOT, arguments, train
+from support.toy_task import train_toy
 
 from dropblock_det.training import terminal
 
@@ -139,3 +141,22 @@ def test_a_bar_only_in_a_terminal(monkeypatch):
 )
 def test_durations(seconds, words):
     assert terminal.duration(seconds) == words
+
+
+def test_the_bar_shows_a_loss_that_has_arrived(tmp_path, capsys):
+    """That of a step may still be on its way; the last of an epoch has arrived when the next begins."""
+    shown, losses = [], []
+
+    class Noted(terminal.Bar):
+        def get_metrics(self, trainer, pl_module):
+            shown.append(super().get_metrics(trainer, pl_module))
+            return shown[-1]
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    train_toy(tmp_path / "run", [0.5, 0.5], Noted(), Losses(), bar=True)
+    assert "loss" not in shown[0]
+    assert shown[-1]["loss"] in losses
+    assert {"data_wait_s", "quality", "val_loss"} <= shown[-1].keys()

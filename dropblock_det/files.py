@@ -1,8 +1,8 @@
-"""Files, one way each: reading what may come from anyone, writing whole files, taking a lock."""
+"""Files, one way each: reading what may come from anyone, writing whole files."""
 
 import codecs
 import contextlib
-import fcntl
+import hashlib
 import io
 import json
 import os
@@ -156,13 +156,12 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{_escaped(path.name)}.*.part"):
-        _remove_if_abandoned(leftover)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.{process_name(os.getpid())}.", suffix=".part"
+    )
     try:
-        os.close(handle)
-        with open(temporary, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # for as long as its writer lives
+        with open(handle, "wb") as file:
+            _remove_abandoned(path, os.fstat(handle).st_mtime)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -180,11 +179,58 @@ def _escaped(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _remove_if_abandoned(temporary: Path) -> None:
-    """Removes what a killed process left half written."""
-    with contextlib.suppress(OSError), temporary.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temporary.unlink()
+def _remove_abandoned(path: Path, now: float) -> None:
+    """Removes what killed processes left half written."""
+    for leftover in path.parent.glob(f".{_escaped(path.name)}.*.part"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if is_gone(leftover.name.split(".")[-3], now - leftover.stat().st_mtime):
+                leftover.unlink()
+
+
+def _machine() -> str:
+    """What the processes share whose numbers mean the same: a kernel, and the container on it."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux alone has these
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+
+
+MACHINE = _machine()
+SILENT_S = 120.0  # after which a process of another machine counts as gone
+
+
+def process_name(pid: int) -> str:
+    """Returns a name for a process of this machine that no other has, on any machine, at any time."""
+    return f"{MACHINE}-{pid}-{_birth(pid) or 0}"
+
+
+def is_gone(process: str, silent_s: float) -> bool:
+    """Returns whether a process has ended.
+
+    Args:
+        process: What :func:`process_name` gave on any machine.
+        silent_s: For how many seconds nothing was heard of it. Of another machine's nothing else is known.
+    """
+    named = re.fullmatch(r"([0-9a-f]{8})-([0-9]{1,9})-([0-9]+)", process)
+    if named is None or named[1] != MACHINE:
+        return silent_s > SILENT_S
+    birth = _birth(int(named[2]))
+    return birth is None or (birth > 0 and birth != int(named[3]))
+
+
+def _birth(pid: int) -> int | None:
+    """When a process began, in the kernel's count; 0 where that can't be had, None where there is none."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # a system without /proc, or one that hides others' processes
+        return 0
+    return None if fields[0] in "ZX" else int(fields[19])  # Z: has ended, and its parent did not look
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -212,62 +258,3 @@ def write_figure(path: Path, figure: Any) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
-
-
-def take_lock(path: Path, wait: bool = False) -> IO[str] | None:
-    """Takes a lock that ends with the process, and with those that inherit the open file.
-
-    On file systems without locks across machines it keeps out the processes of its own machine only.
-
-    Args:
-        path: The lock's file; its folder is made. The holder may remove it before closing.
-        wait: Wait for the lock, however long.
-
-    Returns:
-        The open file, to be closed when done; None where another process holds the lock.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = path.open("a+", encoding="utf-8", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.close()
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        file.close()  # opened before its holder removed it: a lock on it keeps nobody out
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def lock_holder(path: Path) -> str:
-    """Returns who took the lock last, for a message."""
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_text(encoding="utf-8", errors="replace")[:200] or "another process"
-    return "another process"
-
-
-@contextlib.contextmanager
-def locked(path: Path, what: Path) -> Iterator[None]:
-    """Holds a lock while something is worked on; its file is gone afterwards.
-
-    Args:
-        path: The lock's file; its folder is made.
-        what: What is worked on, for the message.
-
-    Raises:
-        InputError: Another process holds it.
-    """
-    lock = take_lock(path)
-    if lock is None:
-        raise InputError(f"{what}: {lock_holder(path)} is working on it; start again after it")
-    with lock:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # where the disk no longer lets us, the file does no harm
-                path.unlink()

@@ -1,17 +1,17 @@
 """Reading what may come from anyone, writing whole files, taking a lock."""
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 
 from dropblock_det import files
 from dropblock_det.errors import InputError
-from dropblock_det.files import locked, read_json, read_yaml, take_lock, whole_file, write_bytes, write_json
+from dropblock_det.files import read_json, read_yaml, whole_file, write_bytes, write_json
 
 
 @dataclass
@@ -147,44 +147,11 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_but_not_a_living_one_s
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_lock_keeps_others_out_and_says_who_holds_it(tmp_path):
-    path = tmp_path / "room" / ".lock"
-    held = take_lock(path)
-    assert held
-    program = (
-        "import sys, pathlib; from dropblock_det.files import lock_holder, take_lock\n"
-        "path = pathlib.Path(sys.argv[1]); sys.exit(lock_holder(path) if take_lock(path) is None else 0)"
-    )
-    refused = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False
-    )
-    assert f"process {os.getpid()} on " in refused.stderr
-    held.close()
-    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 0
-
-
-def test_a_lock_whose_holder_removed_its_file_keeps_nobody_out(tmp_path, monkeypatch):
-    path = tmp_path / "lock"
-    opened = []
-
-    def removed_meanwhile(file, operation, flock=fcntl.flock):
-        if not opened:
-            path.unlink()
-        opened.append(file)
-        return flock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
-    lock = take_lock(path)
-    assert len(opened) == 2
-    assert os.path.samestat(os.fstat(lock.fileno()), path.stat())
-
-
-def test_locked_leaves_nothing_and_says_who_is_at_work(tmp_path):
-    with locked(tmp_path / "lock", tmp_path):
-        with (
-            pytest.raises(InputError, match=rf"^{tmp_path}: process {os.getpid()} on .* is working on it"),
-            locked(tmp_path / "lock", tmp_path),
-        ):
-            pass
-        assert (tmp_path / "lock").exists()
-    assert list(tmp_path.iterdir()) == []
+def test_what_another_machine_left_is_removed_once_it_is_old(tmp_path):
+    path = tmp_path / "file"
+    fresh, old = (tmp_path / f".file.0123abcd-7-{birth}.x.part" for birth in (1, 2))
+    for left in (fresh, old):
+        left.touch()
+    os.utime(old, (0, time.time() - 1000))
+    write_bytes(path, b"new")
+    assert {*tmp_path.iterdir()} == {path, fresh}

@@ -16,7 +16,7 @@ from urllib3.util.retry import Retry
 from dropblock_det.coco_subset.connections import Answer, Connections, FetchError
 from dropblock_det.coco_subset.extract import check_url
 from dropblock_det.errors import InputError
-from dropblock_det.files import locked
+from dropblock_det.locks import locked
 
 OFFICIAL = "http://images.cocodataset.org"
 

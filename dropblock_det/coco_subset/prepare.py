@@ -21,7 +21,8 @@ from dropblock_det.coco_subset.extract import Image, extract, read_images
 from dropblock_det.coco_subset.json_stream import Readable
 from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest, sha256_of
 from dropblock_det.errors import InputError, disk_errors
-from dropblock_det.files import locked, write_bytes
+from dropblock_det.files import write_bytes
+from dropblock_det.locks import locked
 
 MANIFEST = "manifest.json"
 

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from dropblock_det.errors import InputError
-from dropblock_det.files import read_json, read_yaml, take_lock, write_json
+from dropblock_det.files import read_json, read_yaml, write_json
+from dropblock_det.locks import take_lock
 from dropblock_det.runs.folder import is_finished
 
 REFERENCE = "none"  # the setting that every other one is compared with

@@ -1,12 +1,13 @@
 """Runs a base config under every setting and seed: one training process per run, safe to kill at any moment.
 
 The state of a comparison is its files and nothing else. A run is finished when its record says so; a run in
-flight goes on from its last checkpoint because the training does; and a lock on the run's folder, which the
-training process inherits, keeps a second process off it, even when the first was killed and left its training
+flight goes on from its last checkpoint because the training does; and a lock on the run's folder, which lasts
+as long as the training, keeps a second process off it, even when the first was killed and left its training
 behind. So any number of these processes, on one machine or on a cluster's shared folder, work through one
-comparison together.
+comparison.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -16,13 +17,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 from PIL import Image
 
 from dropblock_det.comparison.plan import Run, run_folder
-from dropblock_det.files import take_lock, write_bytes
-from dropblock_det.runs.folder import is_finished, last_checkpoints
+from dropblock_det.files import write_bytes
+from dropblock_det.locks import Lock, lock_holder, take_lock
+from dropblock_det.runs.folder import TRAINING_LOCK, is_finished, last_checkpoints
 from dropblock_det.runs.record import Record, read_record, write_record
 
 THUMBNAIL = 480  # pixels of the longer side
@@ -98,18 +99,20 @@ class Runner:
             self._faults.append(fault)
             self._stop.set()
 
-    def _take(self, number: int) -> tuple[Run, IO[str]] | None:
+    def _take(self, number: int) -> tuple[Run, Lock] | None:
         """The next run that no other process holds; waits while all that are left are held."""
         while not self._stop.is_set():
             with self._mutex:
                 for run in list(self._pending):
                     folder = run_folder(self.root, run.setting, run.seed)
+                    if lock_holder(folder / TRAINING_LOCK):  # a training whose comparison was killed
+                        continue
                     lock = take_lock(folder / LOCK_NAME)
                     if lock is None:
                         continue
                     self._pending.remove(run)
                     if is_finished(folder):
-                        lock.close()
+                        lock.release()
                         continue
                     self.active[number] = run
                     self.waiting = False
@@ -120,7 +123,7 @@ class Runner:
             self._stop.wait(POLL_S)
         return None
 
-    def _see_to(self, run: Run, device: str | None, lock: IO[str]) -> Record | None:
+    def _see_to(self, run: Run, device: str | None, lock: Lock) -> Record | None:
         """Trains, and gives the record of what came of it; ``None`` when it was interrupted."""
         folder = run_folder(self.root, run.setting, run.seed)
         ended = self._train(run, folder, device, lock)
@@ -136,7 +139,7 @@ class Runner:
             write_record(folder, record)
         return record
 
-    def _train(self, run: Run, folder: Path, device: str | None, lock: IO[str]) -> str | None:
+    def _train(self, run: Run, folder: Path, device: str | None, lock: Lock) -> str | None:
         """Trains in a process of its own; says in one line how it ended, or ``None`` when interrupted."""
         with (folder / "train.log").open("a+", encoding="utf-8", errors="replace") as log:
             log.seek(0, os.SEEK_END)
@@ -147,8 +150,9 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **_device_environment(device)},
-                pass_fds=(lock.fileno(),),
             )
+            with contextlib.suppress(OSError):  # a full disk: the training's own lock follows in seconds
+                lock.share(process.pid)
             status = self._wait(process)
             if status is None or -status in (signal.SIGINT, signal.SIGTERM) or status in (130, 143):
                 return None

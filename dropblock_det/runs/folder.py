@@ -23,6 +23,7 @@ from dropblock_det.runs.record import read_record
 
 CONFIG_NAME = "config.yaml"
 BEST_NAME = "best.ckpt"
+TRAINING_LOCK = ".training.lock"  # held by the process that trains here
 
 
 def is_finished(folder: Path) -> bool:

@@ -115,9 +115,9 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Takes the run's folder, finds what an earlier start left there, and refuses to mix settings."""
-        self.finished = is_finished(self.output)
-        if not self.finished:
+        if not is_finished(self.output):
             self.stack.enter_context(sole_use(self.output))
+        self.finished = is_finished(self.output)  # another process may have finished it until now
         self.resume_from = newest_checkpoint(self.output)
         if self.finished or self.resume_from or (self.output / CONFIG_NAME).exists():
             check_same_config(self.output, resolved_config(self.parser, self.config))

@@ -18,9 +18,9 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dropblock_det.errors import InputError
-from dropblock_det.files import lock_holder, take_lock
+from dropblock_det.locks import locked
+from dropblock_det.runs.folder import TRAINING_LOCK
 
-LOCK_NAME = ".training.lock"
 RANKS = (
     "RANK",
     "LOCAL_RANK",
@@ -71,14 +71,7 @@ def sole_use(folder: Path) -> Iterator[None]:
     if any(os.environ.get(name, "0") != "0" for name in RANKS):
         yield
         return
-    lock = take_lock(folder / LOCK_NAME)
-    if lock is None:
-        raise InputError(
-            f"{folder}: in use by another training ({lock_holder(folder / LOCK_NAME)}); "
-            "wait until it ends, or give another --output"
-        )
-    os.register_at_fork(after_in_child=lock.close)  # else workers would hold it after their parent was killed
-    with lock:
+    with locked(folder / TRAINING_LOCK, folder):
         yield
 
 

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support.tiny_run import ROOT, arguments
+from support.tiny_run import ROOT, arguments, options
 
+from dropblock_det.comparison.gather import gather
+from dropblock_det.comparison.plan import run_folder
 from dropblock_det.runs.folder import best_checkpoint, is_finished, newest_checkpoint
 from dropblock_det.runs.record import read_record
 from dropblock_det.training.evaluate import evaluate
@@ -64,6 +66,40 @@ def start(nodes, tmp_path):
 
     yield start
     end(started)
+
+
+def compare(node, scenes, tmp_path):
+    """The tool on a node with process ids of its own."""
+    command = ["ip", "netns", "exec", node, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command += [sys.executable, ROOT / "tools" / "compare.py", "run", ROOT / "configs" / "quickstart.yaml"]
+    command += [f"--runs={tmp_path}/runs", f"--settings={tmp_path}/settings", "--seeds", "0", "1", "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *options(scenes), "--trainer.max_epochs=4"], env=environment)
+
+
+def test_two_nodes_share_a_comparison(nodes, scenes, tmp_path):
+    """Each run is done once; that of a node that dies goes on, on the other, from its last epoch."""
+    (tmp_path / "settings").mkdir()
+    for name in ("none", "dropblock_bs3_kp0.9"):
+        shutil.copy(ROOT / "configs" / "settings" / f"{name}.yaml", tmp_path / "settings")
+    first = compare(nodes[0], scenes, tmp_path)
+    wait_for((tmp_path / "runs/none/seed0/.training.lock.1").exists, 200)
+    second = compare(nodes[1], scenes, tmp_path)
+    wait_for(lambda: newest_checkpoint(tmp_path / "runs/none/seed0"), 200)
+    first.kill()  # and with it its whole node
+    first.wait()
+    assert second.wait(900) == 0
+    comparison = gather(tmp_path / "runs")
+    assert comparison.absent == ()
+    for record in comparison.records:
+        assert [epoch["epoch"] for epoch in record.epochs] == [0, 1, 2, 3]
+    starts = {
+        (record.setting, record.seed): len(
+            list((run_folder(tmp_path / "runs", record.setting, record.seed) / "logs").iterdir())
+        )
+        for record in comparison.records
+    }
+    assert starts == {(name, seed): 1 for name in comparison.settings for seed in (0, 1)} | {("none", 0): 2}
 
 
 def end(processes):

@@ -35,6 +35,7 @@ class TaskModule(LightningModule):
         task: the task's name.
         metrics: what it measures, in the order of the columns; the losses are among them.
         headline: name of the metric by which the best epoch is chosen.
+        logged: what its evaluation gives beside these: names, as a regular expression.
         predictions: those of the last validation, in the order of the images.
         evaluation: of the last validation, on the first process; ``None`` on others and before.
         seen_loss: training loss of the last step that the host has seen, one behind; ``None`` before.
@@ -53,6 +54,7 @@ class TaskModule(LightningModule):
     task: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
     headline: ClassVar[str]
+    logged: ClassVar[str] = ""
 
     def __init__(
         self,

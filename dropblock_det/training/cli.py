@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dropblock_det.arguments import Seed, checked_arguments
 from dropblock_det.callbacks import Regularize
@@ -30,25 +28,26 @@ from dropblock_det.runs.folder import (
 )
 from dropblock_det.runs.recorder import RunRecord
 from dropblock_det.shipped import FIRST, config_file
+from dropblock_det.training.allowed import OPTION, PACKAGES, allow
 from dropblock_det.training.launch import (
     Sound,
     check_launcher,
+    check_monitors,
     end_with_launcher,
     fit,
     refusals,
     sole_use,
 )
+from dropblock_det.training.loggers import Pictures, loggers
 from dropblock_det.training.peers import Peers
 from dropblock_det.training.tasks import Task, task_classes
 from dropblock_det.training.terminal import Bar, Story, calm, print_result, shows_a_bar
 
-# A setting can name a class, and to import a module is to run it: nothing outside these is imported.
-PACKAGES = ["dropblock_det", "lightning", "torch", "torchvision"]
 VERBOSE = "--verbose"
 CONFIG_OPTIONS = ("--config", "-c")
 SHORT = {"--on-nonfinite": "--model.on_nonfinite"}
 # Settings of the trainer that are not for the user: a run has its own, or could not be a run.
-OURS = ("logger", "plugins", "default_root_dir", "use_distributed_sampler", "fast_dev_run", "barebones")
+OURS = ("plugins", "default_root_dir", "use_distributed_sampler", "fast_dev_run", "barebones")
 # Smallest values that make a training; Lightning takes smaller ones, and ends without a result.
 LEAST = {
     "max_epochs": 1,
@@ -90,6 +89,12 @@ class TrainCLI(LightningCLI):
             default=argparse.SUPPRESS,
             help="Show what Lightning says of itself, and its table of the model.",
         )
+        parser.add_argument(
+            OPTION,
+            metavar="MODULE",
+            default=argparse.SUPPRESS,
+            help="Classes in the settings may come from this module, too; may be given more than once.",
+        )
         parser.add_lightning_class_args(Regularize, "regularize")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         for known in ("categories", "image_shape"):
@@ -103,10 +108,20 @@ class TrainCLI(LightningCLI):
         except InputError as error:
             if denied := re.search("Importing '([^']+)' is not allowed", str(error.__cause__)):
                 raise InputError(
-                    f"{denied[1]}: not imported; a class must be one of {', '.join(PACKAGES)}"
+                    f"{denied[1]}: not imported; a class must be one of {', '.join(PACKAGES)}, "
+                    f"or of a module that {OPTION} MODULE names on the command line"
                 ) from None
             raise
         check_settings(resolved_config(parser, self.config), self.module, self.data)
+
+    def instantiate_classes(self) -> None:
+        """Says in one line which package a logger or a callback misses."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if missing := re.search("HINT: Try running `(pip install [^`]*)`", str(error)):
+                raise InputError(f"a package is not installed: {missing[1]}") from error
+            raise
 
     @property
     def output(self) -> Path:
@@ -125,14 +140,14 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, the record and a progress bar."""
         recorder = RunRecord(self.output)
-        callbacks: list[Callback] = [Sound(), Peers(self.output), recorder, Checkpoints(recorder)]
+        callbacks: list[Callback] = [Sound(), Peers(self.output), recorder]
+        callbacks += [Pictures(self.output), Checkpoints(recorder)]
         asked = self.config["trainer"]
         bar, summary = shows_a_bar(asked["enable_progress_bar"]), asked["enable_model_summary"]
         callbacks += [Story(recorder, lines=not bar), *([Bar()] if bar else [])]
         self.trainer_defaults["callbacks"] = callbacks
-        board = TensorBoardLogger(self.output, name="logs")
         return super().instantiate_trainer(
-            logger=[board, CSVLogger(self.output, name="logs", version=board.version)],
+            logger=loggers(self.output, self.config_init["trainer"]["logger"]),
             default_root_dir=self.output,
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=bar,
@@ -143,13 +158,15 @@ class TrainCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved ``config.yaml`` into the run's folder."""
+    """Writes the resolved ``config.yaml`` into the run's folder, and tells the loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first process only."""
         folder = Path(self.config["output"])
-        text = yaml.safe_dump(resolved_config(self.parser, self.config), sort_keys=False)
-        write_text(folder / CONFIG_NAME, text)
+        config = resolved_config(self.parser, self.config)
+        write_text(folder / CONFIG_NAME, yaml.safe_dump(config, sort_keys=False))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
 
 
 def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
@@ -173,7 +190,11 @@ def check_settings(config: dict[str, Any], module: type, data: type) -> None:
         value = config.get(name)
         if value is None or (name == "trainer" and not {*OURS} <= value.keys()):
             raise InputError(f"{name}: is null; leave it out, or give a value")
-    for name, option in {"resume": "--resume RUN_FOLDER", "verbose": VERBOSE}.items():
+    for name, option in {
+        "resume": "--resume RUN_FOLDER",
+        "verbose": VERBOSE,
+        "allow": f"{OPTION} MODULE",
+    }.items():
         if name in config:
             raise InputError(f"{name}: not a setting; give {option} on the command line")
     checked_arguments(_run_folder, {"output": config["output"]})
@@ -266,7 +287,7 @@ def command_line(words: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
         stack: Releases the run's folder, and Lightning's own messages, when it ends.
     """
     end_with_launcher()
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=PACKAGES)
+    words = allow(words, stack)
     verbose = VERBOSE in words
     task, args = spelled_out([word for word in words if word != VERBOSE])
     stack.enter_context(calm(verbose))
@@ -289,6 +310,7 @@ def command_line(words: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
         run=False,
     )
     check_launcher(cli.trainer)
+    check_monitors(cli.trainer, cli.model)
     return cli
 
 

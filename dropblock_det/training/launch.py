@@ -20,6 +20,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from dropblock_det.errors import InputError
 from dropblock_det.locks import locked
 from dropblock_det.runs.folder import TRAINING_LOCK
+from dropblock_det.tasks.module import TaskModule
+from dropblock_det.training.allowed import PACKAGES
 
 RANKS = (
     "RANK",
@@ -28,6 +30,8 @@ RANKS = (
     "GROUP_RANK",
     "SLURM_PROCID",
 )  # all 0 or absent in the first process
+# What every training logs beside its task's metrics: names, as a regular expression.
+LOGGED = r"(val_)?loss(_.+)?|(p|drop_share)(/.+)?|lr|data_wait_s|loss_scale|skipped_steps"
 # What torch refuses in the middle of a step, and which settings change that.
 REFUSALS = {
     "Expected more than 1 value per channel": "the last batch is too small for batch norm: give another "
@@ -148,6 +152,26 @@ def check_launcher(trainer: Trainer) -> None:
             "trainer.strategy: processes that are spawned or forked leave their weights in temporary files; "
             "give ddp"
         )
+
+
+def check_monitors(trainer: Trainer, module: TaskModule) -> None:
+    """Refuses callbacks that monitor what is not logged; Lightning does after the first validation.
+
+    Modules that are not ours or Lightning's may log anything.
+
+    Raises:
+        InputError: Names the callback, and what there is.
+    """
+    if any(type(c).__module__.partition(".")[0] not in PACKAGES for c in trainer.callbacks):  # type: ignore[attr-defined]
+        return
+    names = [metric.name for metric in module.metrics]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and not re.fullmatch("|".join([*names, module.logged, LOGGED]), monitor):
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} monitors {monitor}, which no one logs; "
+                f"give one of {', '.join(names)}"
+            )
 
 
 def fit(trainer: Trainer, model: LightningModule, data: Any, checkpoint: Path | None, folder: Path) -> None:

@@ -34,7 +34,7 @@ def edit(path, **changes):
 
 
 def no_root(coco):
-    return ["--data.root=/no/such/folder"], r"/no/such/folder: no such folder.*prepare_coco"
+    return ["--data.root=/no/such/folder"], r"/no/such/folder: no such folder.*prepare-coco"
 
 
 def no_annotations(coco):

@@ -40,6 +40,7 @@ class ClassificationModule(TaskModule):
     task = "classification"
     metrics = METRICS
     headline = HEADLINE
+    logged = "accuracy/.+"
 
     def __init__(
         self,

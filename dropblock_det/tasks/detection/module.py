@@ -8,6 +8,7 @@ from dropblock_det.arguments import Count, Natural, Share, Side
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
 from dropblock_det.tasks.detection.coco_eval import (
+    COCO_METRICS,
     coco_evaluation,
     detections_to_coco,
     metrics_of,
@@ -52,6 +53,7 @@ class DetectionModule(TaskModule):
     task = "detection"
     metrics = METRICS
     headline = HEADLINE
+    logged = "|".join(COCO_METRICS)
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ Case after case is measured, and each one's rows are written before the next.
 """
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,17 @@ from msgspec import Meta
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dropblock_det.arguments import Count, Share
-from dropblock_det.benchmark.measure import STAGES, WARM_UP, Case, measure, op_case, train_step_case
+from dropblock_det.benchmark.cases import STAGES, op_case, train_step_case
+from dropblock_det.benchmark.measure import WARM_UP, Case, Row, measure
 from dropblock_det.benchmark.report import markdown, read_rows, write_rows
 from dropblock_det.commands import PlainConsole
-from dropblock_det.errors import InputError, disk_errors
+from dropblock_det.errors import InputError
 from dropblock_det.files import write_text
 
 Rounds = Annotated[int, Meta(ge=2, le=10**6)]  # there are quantiles to give
 Stage = Annotated[int, Meta(ge=1, le=4)]
 Side = Annotated[int, Meta(ge=64, le=2**13)]  # below, the last stage's batch norms have one value
+Workers = Annotated[int, Meta(ge=0, le=1024)]
 Busy = Annotated[int, Meta(ge=0, le=256)]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -72,7 +75,8 @@ def op(
             styles(block_size, p),
         )
     ]
-    measure_all(cases, rounds or (50 if gpu else 20), output, busy)
+    rounds = rounds or (50 if gpu else 20)
+    measure_all([partial(measure_case, case, rounds, busy) for case in cases], rounds, output)
 
 
 def train_step(
@@ -104,7 +108,51 @@ def train_step(
         partial(train_step_case, size, n, *style, device, compiled)
         for n, style in itertools.product(batch or ((2, 8) if gpu else (2,)), styles(block_size, p))
     ]
-    measure_all(cases, rounds or (50 if gpu else 10), output)
+    rounds = rounds or (50 if gpu else 10)
+    measure_all([partial(measure_case, case, rounds, 0) for case in cases], rounds, output)
+
+
+def training(
+    root: Path | None = None,
+    name: str = "retinanet_resnet50_fpn",
+    size: list[Side] | None = None,
+    batch: list[Count] | None = None,
+    workers: Workers | None = None,
+    precision: str = "auto",
+    rounds: Rounds | None = None,
+    steps: Count | None = None,
+    device: Device | None = None,
+    output: Path = OUTPUT,
+) -> None:
+    """Times training on COCO images beside torchvision's reference loop, and the parts of a step of ours.
+
+    Args:
+        root: COCO folder. Default: what DROPBLOCK_DET_COCO names.
+        name: The detector, as in torchvision.
+        size: Shorter side of the images. Default: 256; on a GPU 512 and 800. SSDs have a size of their own.
+        batch: Default: 8; on a GPU 8 and 16.
+        workers: Processes that load images, for each of both. Default: 2; on a GPU 8.
+        precision: Of ours, as --trainer.precision.
+        rounds: Default: 12; on a GPU 10.
+        steps: Of each in a round. Default: 2; on a GPU 10.
+        device: cpu or cuda. Default: a GPU where there is one.
+        output: CSV file to which rows are appended; a .md and a .png are written beside it.
+    """
+    from dropblock_det.benchmark.training import Plan, measure_training  # Lightning takes seconds to import
+
+    device = checked_device(device)
+    gpu = device == "cuda"
+    folder = root or os.environ.get("DROPBLOCK_DET_COCO")
+    if not folder:
+        raise InputError("--root: give a COCO folder")
+    sizes: Sequence[int | None] = (None,) if name.startswith("ssd") else ((512, 800) if gpu else (256,))
+    rounds, steps = rounds or (10 if gpu else 12), steps or (10 if gpu else 2)
+    workers = (8 if gpu else 2) if workers is None else workers
+    plans = [
+        Plan(Path(folder), name, side, n, workers, precision, device, rounds, steps)
+        for side, n in itertools.product(size or sizes, batch or ((8, 16) if gpu else (8,)))
+    ]
+    measure_all([partial(measure_training, plan) for plan in plans], rounds, output)
 
 
 def checked_device(device: Device | None) -> Device:
@@ -122,27 +170,47 @@ def styles(block_size: int | None, p: float | None) -> Sequence[tuple[int, float
     return STYLES if block_size is None or p is None else ((block_size, p),)
 
 
-def measure_all(cases: Sequence[Callable[[], Case]], rounds: int, output: Path, busy: int = 0) -> None:
-    """Measures cases and appends their rows; a run that is cut short keeps what it has."""
+def heading(row: Row) -> tuple[str, str, str]:
+    """What the rows of one measurement have in common."""
+    return row.what, row.shape, row.setting
+
+
+def measure_case(case: Callable[[], Case], rounds: int, busy: int, on_round: Callable[[], None]) -> list[Row]:
+    """Makes a case and measures it."""
+    return measure(case(), rounds, on_round, busy)
+
+
+def measure_all(
+    measurements: Sequence[Callable[[Callable[[], None]], list[Row]]], rounds: int, output: Path
+) -> None:
+    """Measures one after the other and appends the rows; a run that is cut short keeps what it has.
+
+    Args:
+        measurements: Each gives rows, and calls its argument after every round.
+        rounds: Of each, without the warm-up.
+        output: The rows' file.
+    """
     rows = read_rows(output)
     console = PlainConsole()
     columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Drawn between two rounds only: a thread that redraws would be measured too.
     progress = Progress(*columns, console=console, auto_refresh=False)
-    with progress, disk_errors(output.parent):
-        bar = progress.add_task("", total=len(cases) * (rounds + WARM_UP))
+    with progress:
+        bar = progress.add_task("", total=len(measurements) * (rounds + WARM_UP))
 
         def on_round() -> None:
             progress.advance(bar)
             progress.refresh()
 
-        for case in cases:
-            made = measure(case(), rounds, on_round, busy)
-            for row in made:
-                console.print(
-                    f"{row.shape:14} {row.setting:22} {row.provider:30} {row.median_ms:9.2f} ms"
-                    f"  {row.relative:6.2f} x {row.relative_to} (means {row.relative_mean:.2f} x)"
-                )
+        for measurement in measurements:
+            made = measurement(on_round)
+            for (what, shape, setting), group in itertools.groupby(made, heading):
+                console.print(f"{what}, {shape}, {setting}:")
+                for row in group:
+                    console.print(
+                        f"  {row.provider:58} {row.median_ms:9.2f} ms"
+                        f"  {row.relative:6.3g} x {row.relative_to} (means {row.relative_mean:.3g} x)"
+                    )
             rows += made
             write_rows(output, rows)
         write_text(output.with_suffix(".md"), markdown(rows))
@@ -155,5 +223,9 @@ def measure_all(cases: Sequence[Callable[[], Case]], rounds: int, output: Path, 
     console.print(f"rows appended to {output}; what is shown of them lies beside it")
 
 
-MEASUREMENTS: dict[str, Callable[..., None]] = {"op": op, "train-step": train_step}
+MEASUREMENTS: dict[str, Callable[..., None]] = {
+    "op": op,
+    "train-step": train_step,
+    "training": training,
+}
 """The functions by the word that chooses one on the command line."""

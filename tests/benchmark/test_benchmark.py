@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dropblock_det.__main__ import run
-from dropblock_det.benchmark import measure, report, tool
+from dropblock_det.benchmark import cases, measure, report, tool
 from dropblock_det.benchmark.figure import plot
 from dropblock_det.ops import dropblock
 
@@ -20,7 +20,7 @@ from dropblock_det.ops import dropblock
 def made() -> list[measure.Row]:
     """Rows of a map on which torchvision's block 7 fails."""
     lines, rounds = [], []
-    case = measure.op_case((1, 8, 6, 6), 7, 0.1, "cpu", log=lines.append)
+    case = cases.op_case((1, 8, 6, 6), 7, 0.1, "cpu", log=lines.append)
     rows = measure.measure(case, 3, lambda: rounds.append(1), busy=1)
     assert any(line.startswith("torchvision: left out, it fails here") for line in lines)
     assert len(rounds) == 3 + measure.WARM_UP
@@ -71,7 +71,7 @@ def test_processes_are_busy_inside_and_gone_afterwards():
 
 
 def test_a_training_step_has_every_setting():
-    case = measure.train_step_case((64, 64), 2, 3, 0.1, "cpu")
+    case = cases.train_step_case((64, 64), 2, 3, 0.1, "cpu")
     assert list(case.works) == ["none", "ours", "F.dropout", "torchvision"]
     case.works["none"]()
     case.works["ours"]()
@@ -90,16 +90,16 @@ def test_memory_counts_what_is_held_at_once():
 def test_our_path_is_forced_and_given_back():
     x = torch.ones(1, 4, 12, 12)
     before = dropblock.FORCED_PATH
-    assert (measure.ours("reference", x, 0.5, 3) == 0).any()
+    assert (cases.ours("reference", x, 0.5, 3) == 0).any()
     assert dropblock.FORCED_PATH is before
 
 
 def test_mmdetections_formulation_drops_the_expected_share():
     """2,000 planes of 400; the share's standard error is below 0.4 %, three of them are allowed."""
     torch.manual_seed(0)
-    dropped = (measure.mmdetection(torch.ones(20, 400, 20, 20), 0.2, 5) == 0).float().mean().item()
-    gamma = measure.reference.corner_probability(0.2, 5, 20, 20)
-    assert abs(dropped / measure.reference.expected_drop_share(gamma, 5, 20, 20) - 1) < 0.012
+    dropped = (cases.mmdetection(torch.ones(20, 400, 20, 20), 0.2, 5) == 0).float().mean().item()
+    gamma = cases.reference.corner_probability(0.2, 5, 20, 20)
+    assert abs(dropped / cases.reference.expected_drop_share(gamma, 5, 20, 20) - 1) < 0.012
 
 
 ROW = "op,s,2x3,ours,9,1,1,1,,F.dropout,1,1,1,,,cpu,torch,now"
@@ -160,7 +160,7 @@ def test_bad_arguments_are_one_line_before_anything_is_measured(
 
 @pytest.mark.parametrize("matplotlib", [True, False])
 def test_the_tool_keeps_earlier_rows_and_writes_table_and_plot(matplotlib, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(measure.STAGES, 4, (4, 7, 9))
+    monkeypatch.setitem(cases.STAGES, 4, (4, 7, 9))
     if not matplotlib:
         monkeypatch.setitem(sys.modules, "dropblock_det.benchmark.figure", None)
     path = tmp_path / "rows.csv"

@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from dropblock_det.arguments import Natural, Rate, Share
 from dropblock_det.errors import InputError
 from dropblock_det.schedule import lr_factor
+from dropblock_det.tasks.breakdown import Breakdown
 from dropblock_det.tasks.evaluation import Evaluation
 from dropblock_det.tasks.metric import Metric
 from dropblock_det.tasks.watch import Step, Watch
@@ -86,6 +87,15 @@ class TaskModule(LightningModule):
     @abstractmethod
     def evaluate(self, image_ids: list[int], predictions: list[Any]) -> Evaluation:
         """Evaluates the predictions of a whole validation; runs on the first process only."""
+
+    @abstractmethod
+    def breakdown(self, predictions: list[Any], score: float | None = None) -> Breakdown:
+        """Looks closer at the predictions of a whole validation.
+
+        Args:
+            predictions: As :meth:`losses_and_predictions` gives them.
+            score: Where only predictions from some score on are counted: that score, or None.
+        """
 
     def image_ids(self, batch: Any) -> list[int]:
         """Returns the ids of a batch's images."""

@@ -7,10 +7,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.table import Column, Table
 
-from dropblock_det.arguments import Count, Seed, checked_arguments
+from dropblock_det.arguments import Count, Seed, Share, checked_arguments
 from dropblock_det.commands import PlainConsole
 from dropblock_det.errors import InputError
 from dropblock_det.files import check_replaceable, write_figure, write_json
+from dropblock_det.report.breakdown import check_folder, write_breakdown
 from dropblock_det.runs.checkpoints import load_checkpoint
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.launch import refusals
@@ -38,6 +39,8 @@ def evaluate(
     samples: Count | None = None,
     seed: Seed = 0,
     diagram: Path | None = None,
+    report: Path | None = None,
+    score: Share | None = None,
 ) -> dict[str, float]:
     """Evaluates a checkpoint: its task's metrics and val_loss, from it and the images alone.
 
@@ -54,6 +57,9 @@ def evaluate(
             an uncertainty; --results then has those.
         seed: Of the samples.
         diagram: Write the reliability diagram here, a PNG; by default beside --results or the checkpoint.
+        report: Write a closer look into this folder: a page, and CSV files.
+        score: Detection: where --report counts detections, from this score on; by default from the one with
+            the highest F1.
 
     Returns:
         The values by the metrics' names; with samples also mAP, AP50, calibration error and number of
@@ -65,6 +71,13 @@ def evaluate(
     """
     if diagram is not None and samples is None:
         raise InputError("--diagram: drawn from samples; give --samples too")
+    if score is not None and report is None:
+        raise InputError("--score: where --report counts detections; give --report too")
+    if report is not None:
+        check_folder(report)
+        for output in filter(None, (results, diagram)):
+            if report.resolve() in output.resolve().parents:
+                raise InputError(f"{output}: in the report's folder, which holds nothing else; give another name")
     content = load_checkpoint(checkpoint)
     given: dict[str, Any] = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
     given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
@@ -119,7 +132,24 @@ def evaluate(
             write_figure(diagram, reliability_figure(bins))
         if results is not None:
             write_json(results, predictions)
+        if report is not None:
+            seen = f"{len(datamodule.val_dataset):,} images of {datamodule.root}"
+            if samples is not None:
+                seen += f", {samples} samples merged"
+            _write_report(report, module, predictions, score, str(checkpoint), seen)
     return values
+
+
+def _write_report(
+    folder: Path, module: TaskModule, predictions: list[Any], score: float | None, about: str, lead: str
+) -> None:
+    console = PlainConsole()
+    with console.status("looking closer"):
+        breakdown = module.breakdown(predictions, score)
+        page = write_breakdown(folder, breakdown, about, lead)
+    for line in breakdown.answer:
+        console.print(line)
+    console.print(f"report  {page}")
 
 
 def _print_uncertainty(

@@ -13,6 +13,8 @@ from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 from dropblock_det.arguments import Share
 from dropblock_det.datasets.classification import Batch, ClassificationDataModule
+from dropblock_det.tasks.breakdown import Breakdown
+from dropblock_det.tasks.classification.breakdown import classification_breakdown
 from dropblock_det.tasks.classification.metrics import HEADLINE, METRICS
 from dropblock_det.tasks.classification.models import SMALL_CNN, Stem, build_classifier
 from dropblock_det.tasks.evaluation import Evaluation, Mark, Outcomes, Sample
@@ -110,6 +112,12 @@ class ClassificationModule(TaskModule):
         values = {"accuracy": float(multiclass_accuracy(predicted, labels, len(names), average="micro"))}
         values |= {f"accuracy/{n}": share for n, share in zip(names, (right / images).tolist(), strict=True)}
         return Evaluation(values, self._samples(predictions, names), outcomes_of(predictions, names))
+
+    def breakdown(self, predictions: list[Prediction], score: float | None = None) -> Breakdown:
+        """By class, what is taken for what, and the images where it is sure and wrong."""
+        data: ClassificationDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = [category["name"] for category in self.hparams["categories"]]
+        return classification_breakdown(data.val_dataset, predictions, names)
 
     def _samples(self, predictions: list[Prediction], names: list[str]) -> tuple[Sample, ...]:
         if self.trainer.state.fn != "fit":  # an evaluation has no folder to leave pictures in

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pycocotools.cocoeval import COCOeval
 from scipy.stats import rankdata
 
-from dropblock_det.tasks.detection.coco_eval import outcomes_of
+from dropblock_det.tasks.detection.coco_eval import matched_images, outcomes_of
 
 Floats = NDArray[np.float64]
 
@@ -83,13 +83,7 @@ def right_at_50(evaluation: COCOeval, results: Sequence[dict[str, Any]]) -> list
         results: The detections.
     """
     outcomes = outcomes_of(evaluation)
-    per_category = len(evaluation.params.areaRng) * len(evaluation.params.imgIds)
-    of_all_areas = [
-        matched
-        for k in range(len(evaluation.params.catIds))
-        for matched in evaluation.evalImgs[k * per_category :][: len(evaluation.params.imgIds)]
-    ]
-    numbers = [number for matched in of_all_areas if matched is not None for number in matched["dtIds"]]
+    numbers = [number for _, _, matched in matched_images(evaluation) for number in matched["dtIds"]]
     return [
         (results[number - 1], bool(hit))
         for number, hit, ignored in zip(numbers, outcomes.hit[:, 0], outcomes.ignored[:, 0], strict=True)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,23 +104,30 @@ def metrics_of(evaluation: COCOeval) -> dict[str, float]:
     }
 
 
+def matched_images(evaluation: COCOeval) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yields what pycocotools matched, of objects of all sizes, and the positions of category and image."""
+    params = evaluation.params
+    images = len(params.imgIds)
+    for k in range(len(params.catIds)):
+        start = k * len(params.areaRng) * images
+        for i, matched in enumerate(evaluation.evalImgs[start : start + images]):
+            if matched is not None:  # else neither objects nor detections
+                yield k, i, matched
+
+
 def outcomes_of(evaluation: COCOeval) -> Outcomes:
     """Returns which detections pycocotools matched with an object, at every IoU threshold and all areas."""
     params = evaluation.params
     images, thresholds = len(params.imgIds), len(params.iouThrs)
     truths = np.zeros((images, len(params.catIds)), np.int32)
     image, category, score, hit, ignored = [], [], [], [], []
-    for k in range(len(params.catIds)):
-        of_all_areas = evaluation.evalImgs[k * len(params.areaRng) * images :][:images]
-        for i, matched in enumerate(of_all_areas):
-            if matched is None:  # neither objects nor detections
-                continue
-            truths[i, k] = np.count_nonzero(np.asarray(matched["gtIgnore"]) == 0)
-            image.append(np.full(len(matched["dtIds"]), i, np.int32))
-            category.append(np.full(len(matched["dtIds"]), k, np.int32))
-            score.append(np.asarray(matched["dtScores"], np.float32))
-            hit.append(matched["dtMatches"].T > 0)
-            ignored.append(matched["dtIgnore"].T.astype(bool))
+    for k, i, matched in matched_images(evaluation):
+        truths[i, k] = np.count_nonzero(np.asarray(matched["gtIgnore"]) == 0)
+        image.append(np.full(len(matched["dtIds"]), i, np.int32))
+        category.append(np.full(len(matched["dtIds"]), k, np.int32))
+        score.append(np.asarray(matched["dtScores"], np.float32))
+        hit.append(matched["dtMatches"].T > 0)
+        ignored.append(matched["dtIgnore"].T.astype(bool))
 
     def joined(parts: list[Any], empty: Any) -> Any:
         return np.concatenate([empty, *parts])

@@ -7,6 +7,8 @@ from torch import Tensor
 from dropblock_det.arguments import Count, Natural, Share, Side
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
+from dropblock_det.tasks.breakdown import Breakdown
+from dropblock_det.tasks.detection.breakdown import detection_breakdown
 from dropblock_det.tasks.detection.coco_eval import (
     COCO_METRICS,
     coco_evaluation,
@@ -105,6 +107,11 @@ class DetectionModule(TaskModule):
         evaluation = coco_evaluation(data.val_coco, predictions, image_ids)
         samples = box_samples(data.val_coco, data.val_dataset, predictions)
         return Evaluation(metrics_of(evaluation), samples, outcomes_of(evaluation))
+
+    def breakdown(self, predictions: list[dict[str, Any]], score: float | None = None) -> Breakdown:
+        """By category, by kind of error, what is taken for what, and the best and the worst images."""
+        data: CocoDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return detection_breakdown(data.val_coco, data.val_dataset, predictions, score)
 
     def prepared(self, image: Tensor) -> Tensor:
         """As float32 in [0, 1]; the detector resizes."""

@@ -1,0 +1,78 @@
+// What an evaluation got wrong: images, curves, and what is taken for what.
+
+const LOOKS = ["#009e73", "#d55e00", "#cc79a7", "#e69f00", "#b8a700", "#56b4e9", "#0072b2"];
+const look = kind => LOOKS[data.looks[kind] % LOOKS.length];
+const swatch = kind => html("span", {}, html("i", { class: `swatch look-${data.looks[kind]}` }), kind);
+
+/** The truth is dashed, and below the predictions. */
+function exampleCard({ title, note, marks, ...image }) {
+  const boxes = marks.filter(mark => mark.bbox).sort((a, b) => (a.score ?? -1) - (b.score ?? -1));
+  const groups = boxes.map(mark => [[mark], look(mark.kind), mark.score === null ? [2, 1.4] : ""]);
+  return html("figure", {}, picture(image, groups),
+    html("figcaption", {}, note, html("small", {}, title)));
+}
+function startExamples() {
+  const shown = data.examples.filter(([, images]) => images.length);
+  $("examples").hidden = !shown.length;
+  if (!shown.length) return;
+  const state = { shown: 0 };
+  const draw = () => $("cards").replaceChildren(...shown[state.shown][1].map(exampleCard));
+  choices("examples", shown.map(([heading], i) => [i, heading]), i => i === state.shown,
+    i => { state.shown = i; draw(); });
+  const boxes = shown.flatMap(([, images]) => images).flatMap(image => image.marks).filter(mark => mark.bbox);
+  const kinds = Object.keys(data.looks).filter(kind => boxes.some(mark => mark.kind === kind));
+  $("keys").replaceChildren(...kinds.map(swatch), ...(kinds.length ? ["Dashed: the truth."] : []));
+  draw();
+}
+
+function startCurves() {
+  if (!data.curves) return;
+  const { names, recall, lines } = data.curves, select = $("curve");
+  select.append(...names.map((name, i) => html("option", { value: i }, name)));
+  const draw = () => {
+    const of = i => values => values[i]?.map((mean, n) => ({ x: recall[n], mean })) ?? [];
+    $("curve-charts").replaceChildren(...Object.entries(lines).map(([title, values]) => lineChart(title, [
+      { label: names[0], points: of(0)(values), stroke: "var(--soft)", dashed: "3 4" },
+      ...(select.value > 0 ? [{ label: names[select.value], points: of(+select.value)(values), stroke: "var(--accent)" }]
+        : []),
+    ], { domain: [0, 1.02], axis: "recall", whole: false })));
+  };
+  select.onchange = draw;
+  draw();
+}
+
+function drawMatrix() {
+  const { categories, nothing, totals, cells } = data.confusion;
+  const rows = [...categories, ...(nothing ? [nothing[0]] : [])], columns = [...categories, ...(nothing ? [nothing[1]] : [])];
+  const size = Math.max(12, Math.min(46, Math.floor(860 / rows.length))), numbers = size >= 24;
+  const short = name => name.length > 18 ? name.slice(0, 17) + "…" : name;
+  const room = 14 + 6.6 * Math.max(...[...rows, ...columns].map(name => short(name).length));
+  const width = room + size * columns.length + 4, height = room + size * rows.length + 4;
+  const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": "Confusion matrix", style: "max-width:none" });
+  const middle = i => room + (i + .5) * size;
+  rows.forEach((name, i) => chart.append(
+    svg("text", { class: "name", x: room - 6, y: middle(i) + 4, "text-anchor": "end" }, short(name))));
+  columns.forEach((name, i) => chart.append(svg("text", { class: "name", "text-anchor": "start",
+    transform: `translate(${middle(i) + 4} ${room - 6}) rotate(-90)` }, short(name))));
+  for (let i = 0; i <= rows.length; i++) chart.append(
+    svg("line", { class: "grid", x1: room, x2: room + size * columns.length, y1: room + i * size, y2: room + i * size }),
+    svg("line", { class: "grid", y1: room, y2: room + size * rows.length, x1: room + i * size, x2: room + i * size }));
+  for (const [r, c, count] of cells) {
+    const part = count / totals[r], right = r === c && r < categories.length;
+    const box = svg("rect", { x: room + c * size + .5, y: room + r * size + .5, width: size - 1, height: size - 1, rx: 2,
+      style: `fill:${right ? "var(--good)" : "var(--bad)"}`, opacity: .1 + .85 * part });
+    box.onpointermove = event => showTip(event, html("b", {}, `${rows[r]} → ${columns[c]}`),
+      html("div", {}, html("span", {}, "count"), html("span", {}, count)),
+      html("div", {}, html("span", {}, "of the row"), html("span", {}, (100 * part).toFixed(1) + " %")));
+    box.onpointerleave = hideTip;
+    chart.append(box);
+    if (numbers) chart.append(svg("text", { class: part > .5 ? "inside" : "name", x: middle(c), y: middle(r) + 4,
+      "text-anchor": "middle", "pointer-events": "none" }, count));
+  }
+  $("matrix").replaceChildren(chart);
+}
+
+startExamples();
+startCurves();
+drawMatrix();

@@ -108,15 +108,16 @@ def _curve_rows(curves: Curves) -> Iterator[tuple[Any, ...]]:
 
 def render_breakdown(breakdown: Breakdown, about: str, lead: str) -> str:
     """Fills the template: tables and words stand in the HTML, the drawings are made by its scripts."""
-    looks = _looks(breakdown)
-    confusion = breakdown.confusion
+    looks, confusion = _looks(breakdown), breakdown.confusion
+    drawn = _confusion(confusion)
+    curves = _curves(breakdown.curves) if breakdown.curves else None
     return render(
         "breakdown.html",
         ("chart", "pictures", "breakdown"),
         {
             "looks": looks,
-            "curves": breakdown.curves and _curves(breakdown.curves),
-            "confusion": _confusion(confusion),
+            "curves": curves,
+            "confusion": drawn,
             "examples": [[heading, [*map(_example, found)]] for heading, found in breakdown.examples.items()],
         },
         kind=KIND,
@@ -125,11 +126,12 @@ def render_breakdown(breakdown: Breakdown, about: str, lead: str) -> str:
         lead=printable(lead),
         breakdown=breakdown,
         looks=looks,
+        curves=curves,
         number=number,
         cell=_cell,
         text=printable,
         pairs=confusion.most()[:PAIRS],
-        left_out=max(0, len(confusion.categories) - SHOWN),
+        left_out=drawn["left_out"],
         meanings={
             column.title: column.meaning
             for table in (breakdown.categories, breakdown.errors, breakdown.images)
@@ -152,26 +154,30 @@ def _cell(metric: Metric, value: Any) -> str:
 
 
 def _confusion(confusion: Confusion) -> dict[str, Any]:
-    """Of many categories those that are confused most often; the CSV file has all."""
+    """Of the categories that occur, those that are confused most often; the CSV file has all."""
     size, counts = len(confusion.categories), confusion.counts
     others = counts[:size, :size] * ~np.eye(size, dtype=bool)
-    shown = np.sort(np.argsort(-(others.sum(0) + others.sum(1)), kind="stable")[:SHOWN])
+    seen = np.flatnonzero(counts.sum(0)[:size] + counts.sum(1)[:size])
+    often = np.argsort(-(others.sum(0) + others.sum(1))[seen], kind="stable")
+    shown = seen[np.sort(often[:SHOWN])]
     axis = [*shown, *([size] if confusion.nothing else [])]
     part = counts[np.ix_(axis, axis)]
     return {
         "categories": [printable(confusion.categories[k]) for k in shown],
+        "left_out": len(seen) - len(shown),
         "nothing": confusion.nothing,
         "totals": counts[axis].sum(1).tolist(),
         "cells": [(int(r), int(c), int(part[r, c])) for r, c in zip(*np.nonzero(part), strict=True)],
     }
 
 
-def _curves(curves: Curves) -> dict[str, Any]:
+def _curves(curves: Curves) -> dict[str, Any] | None:
     """The mean over the categories first, then each; of each the panels' IoUs and the mean over all."""
     known = ~np.isnan(curves.precision).any((0, 1))
+    if not known.any():
+        return None
     precision = curves.precision[:, :, known]
-    if known.any():
-        precision = np.concatenate([precision.mean(2, keepdims=True), precision], 2)
+    precision = np.concatenate([precision.mean(2, keepdims=True), precision], 2)
     chosen = {f"IoU {iou:.2f}": precision[np.isclose(curves.thresholds, iou)].mean(0) for iou in PANELS}
     chosen["mean, IoU 0.50 to 0.95"] = precision.mean(0)
     return {

@@ -77,8 +77,12 @@ def evaluate(
         check_folder(report)
         for output in filter(None, (results, diagram)):
             if report.resolve() in output.resolve().parents:
-                raise InputError(f"{output}: in the report's folder, which holds nothing else; give another name")
+                raise InputError(
+                    f"{output}: in the report's folder, which holds nothing else; give another name"
+                )
     content = load_checkpoint(checkpoint)
+    if score is not None and content.get("task", "detection") != "detection":
+        raise InputError("--score: detectors alone have one; leave it out")
     given: dict[str, Any] = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
     given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
     data_class = task_of(content)[1]

@@ -1,15 +1,9 @@
-import html
-import json
-import os
-import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 from support.invented_outcomes import with_outcomes
 from support.label_runs import label_runs
+from support.pages import clicked, in_a_browser, read_whole
 from support.synthetic_runs import invented_runs
 
 from dropblock_det.comparison.gather import Absent, gather
@@ -22,32 +16,11 @@ def report_of(folder):
     return comparison, build_report(comparison)
 
 
-class Links(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.outside = []
-        self.open = []
-
-    def handle_starttag(self, tag, attrs):
-        self.outside += [
-            v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("#", "data:"))
-        ]
-        if tag not in ("meta", "input", "br", "link", "img", "hr"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 @pytest.mark.parametrize("runs", [invented_runs, label_runs])
 def test_the_page_is_whole_and_needs_nothing_else(tmp_path, runs):
     runs, report = report_of(runs(tmp_path))
     page = render_page(runs, report)
-    links = Links()
-    links.feed(page)
-    assert links.outside == []
-    assert links.open == []
-    assert not re.search(r"@import|url\(|fetch\(|https?://(?!www\.w3\.org/2000/svg)", page)
+    read_whole(page)
     assert page.count("data:image/jpeg;base64,") == 4  # each picture once, whatever the number of settings
     assert len(page) < 2_000_000
 
@@ -70,23 +43,8 @@ def test_names_cannot_break_the_page(tmp_path):
     assert page.count("</script>") == 2
 
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-    *("--virtual-time-budget=3000", "--window-size=500,900", "--dump-dom"),
-]
-
-
 IN_A_BROWSER = """
-    <script>
-    const seen = { errors };
-    const all = query => [...document.querySelectorAll(query)];
     const column = i => all("#table tbody tr").map(row => row.cells[i].dataset.value);
-    const click = query => { for (const button of all(query)) button.click(); };
     seen.forest = all("#forest circle").length;
     seen.dotted = all("#forest line[stroke-dasharray]").length;
     seen.images = document.getElementById("images-text").textContent;
@@ -113,36 +71,14 @@ IN_A_BROWSER = """
     slide(.95); seen.found = document.getElementById("cards").textContent;
     all(".thumbs button")[3].click(); seen.fourth = boxes();
     seen.kinds = all("[data-kind]").filter(node => node.offsetParent).map(node => node.dataset.kind);
-    click("#theme"); seen.theme = document.documentElement.dataset.theme;
-    seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-    const result = document.createElement("pre");
-    result.id = "seen"; result.textContent = JSON.stringify(seen);
-    document.body.replaceChildren(result);
-    </script></body>"""
+    """
 
 
-def clicked(tmp_path, page):
-    """Clicks everything in a headless Chromium and reads the page back."""
-    errors = "<script>const errors = []; addEventListener('error', e => errors.push(e.message));</script>"
-    page = page.replace("<head>", "<head>" + errors)
-    (tmp_path / "page.html").write_text(page.replace("</body>", IN_A_BROWSER))
-    dom = subprocess.run(
-        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        env=os.environ | {"HOME": str(tmp_path)},
-    ).stdout
-    return json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom, re.S).group(1)))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@in_a_browser
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (0,)])
 def test_the_page_works_in_a_browser(tmp_path, seeds):
     runs, report = report_of(invented_runs(tmp_path, seeds=seeds, effects={"dropblock_bs7_kp0.9": 0.05}))
-    seen = clicked(tmp_path, render_page(runs, report))
+    seen = clicked(IN_A_BROWSER, tmp_path, render_page(runs, report))
     assert seen["errors"] == []
     assert (seen["forest"], seen["dotted"], seen["images"]) == (6, 0, "")
     assert len(seen["details"]) == 6
@@ -162,11 +98,10 @@ def test_the_page_works_in_a_browser(tmp_path, seeds):
     assert seen["wide"] <= 0  # nothing pushes the page sideways on a narrow screen
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@in_a_browser
 def test_the_page_of_another_task_works_in_a_browser(tmp_path):
     runs, report = report_of(label_runs(tmp_path))
-    seen = clicked(tmp_path, render_page(runs, report))
+    seen = clicked(IN_A_BROWSER, tmp_path, render_page(runs, report))
     assert seen["errors"] == []
     assert seen["forest"] == 2
     assert (seen["paths"], seen["cards"], seen["manyBoxes"]) == (3 * 3, 4, 0)
@@ -175,11 +110,10 @@ def test_the_page_of_another_task_works_in_a_browser(tmp_path):
     assert seen["wide"] <= 0
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@in_a_browser
 def test_other_images_are_on_the_page(tmp_path):
     report = write_report(with_outcomes(tmp_path / "runs"), tmp_path)
-    seen = clicked(tmp_path, (tmp_path / "report.html").read_text())
+    seen = clicked(IN_A_BROWSER, tmp_path, (tmp_path / "report.html").read_text())
     assert seen["errors"] == []
     assert seen["dotted"] == 2
     assert seen["images"] == report.on_other_images("mAP") != ""

@@ -1,5 +1,6 @@
 """Training and evaluation as a user runs them: arguments in, a run's folder out."""
 
+import csv
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from support.tiny_run import ROOT, arguments, start, train
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.ssd import SSD
 
+from dropblock_det.commands import command
 from dropblock_det.errors import InputError
 from dropblock_det.files import write_bytes
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO
@@ -83,6 +85,40 @@ def test_evaluating_the_checkpoint_gives_the_same_figures(run, tmp_path, capsys)
     assert "AR_large" in capsys.readouterr().out
     scenes = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["root"]
     COCO(next(Path(scenes).glob("*/annotations/val.json"))).loadRes(str(tmp_path / "results.json"))
+
+
+def test_a_closer_look_has_the_same_figures(run, tmp_path, capsys):
+    best, folder = run / "checkpoints" / "best.ckpt", tmp_path / "closer"
+    figures = evaluate(best, report=folder, score=0.01, accelerator="cpu")
+    assert f"report  {folder}/report.html" in capsys.readouterr().out
+    with (folder / "categories.csv").open(newline="") as file:
+        *categories, total = csv.DictReader(file)
+    for name, figure in (("AP", "mAP"), ("AP50", "AP50"), ("AR", "AR_100")):  # logged as float32
+        assert float(total[name]) == pytest.approx(figures[figure], rel=1e-6)
+    known = [float(row["AP"]) for row in categories if row["AP"]]
+    assert sum(known) / len(known) == pytest.approx(figures["mAP"], rel=1e-6)
+    assert "score of 0.010 or more" in (folder / "report.html").read_text()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    evaluate(best, report=folder, score=0.01, accelerator="cpu")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": 0.5}, "--score: where --report counts detections; give --report too"),
+        ({"report": "runs"}, "no part of such a report; give another folder"),
+        ({"report": "new", "results": "new/x.json"}, "x.json: in the report's folder"),
+        ({"report": "new", "score": 1.5}, "--score: got 1.5"),
+    ],
+)
+def test_a_closer_look_that_cannot_begin_is_one_line(options, message, run, tmp_path, line_of):
+    names = {"new": tmp_path / "new", "runs": run, "new/x.json": tmp_path / "new" / "x.json"}
+    options = {name: names.get(value, value) for name, value in options.items()}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    best = str(run / "checkpoints" / "best.ckpt")
+    assert message in line_of(lambda: command(evaluate, [best, "--accelerator", "cpu", *words]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_its_weights_load_into_plain_torchvision(run):

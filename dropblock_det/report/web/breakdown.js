@@ -1,15 +1,27 @@
 // What an evaluation got wrong: images, curves, and what is taken for what.
 
-const LOOKS = ["#009e73", "#d55e00", "#cc79a7", "#e69f00", "#b8a700", "#56b4e9", "#0072b2"];
-const look = kind => LOOKS[data.looks[kind] % LOOKS.length];
-const swatch = kind => html("span", {}, html("i", { class: `swatch look-${data.looks[kind]}` }), kind);
+const look = kind => `var(--look-${data.looks[kind]})`;
+const swatch = kind => html("span", {}, html("i", { class: "swatch", style: `background:${look(kind)}` }), kind);
 
-/** The truth is dashed, and below the predictions. */
-function exampleCard({ title, note, marks, ...image }) {
-  const boxes = marks.filter(mark => mark.bbox).sort((a, b) => (a.score ?? -1) - (b.score ?? -1));
-  const groups = boxes.map(mark => [[mark], look(mark.kind), mark.score === null ? [2, 1.4] : ""]);
-  return html("figure", {}, picture(image, groups),
-    html("figcaption", {}, note, html("small", {}, title)));
+/** The truth is dashed, and below the predictions. A click makes it large. */
+function exampleCard(example) {
+  const figure = html("figure", { tabindex: 0, role: "button", "aria-expanded": false });
+  const boxes = example.marks.filter(mark => mark.bbox).sort((a, b) => (a.score ?? -1) - (b.score ?? -1));
+  function draw(large) {
+    // What is found has its name from the detection; in a small picture the words would hide the rest.
+    const named = mark => large || boxes.length < 9 && !(mark.score === null && data.looks[mark.kind] === 0);
+    const groups = boxes.map(mark => [[named(mark) ? mark : { ...mark, category: "" }], look(mark.kind),
+      mark.score === null ? [2, 1.4] : ""]);
+    figure.classList.toggle("large", large);
+    figure.setAttribute("aria-expanded", large);
+    figure.replaceChildren(picture(example, groups, large ? .45 : 1),
+      html("figcaption", {}, example.note, html("small", {}, example.title)));
+  }
+  const toggle = () => draw(!figure.classList.contains("large"));
+  figure.onclick = toggle;
+  figure.onkeydown = event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); toggle(); } };
+  draw(false);
+  return figure;
 }
 function startExamples() {
   const shown = data.examples.filter(([, images]) => images.length);
@@ -21,7 +33,7 @@ function startExamples() {
     i => { state.shown = i; draw(); });
   const boxes = shown.flatMap(([, images]) => images).flatMap(image => image.marks).filter(mark => mark.bbox);
   const kinds = Object.keys(data.looks).filter(kind => boxes.some(mark => mark.kind === kind));
-  $("keys").replaceChildren(...kinds.map(swatch), ...(kinds.length ? ["Dashed: the truth."] : []));
+  $("keys").replaceChildren(...kinds.map(swatch), ...(kinds.length ? ["Dashed: the truth. "] : []), "Click an image to enlarge it.");
   draw();
 }
 
@@ -30,12 +42,12 @@ function startCurves() {
   const { names, recall, lines } = data.curves, select = $("curve");
   select.append(...names.map((name, i) => html("option", { value: i }, name)));
   const draw = () => {
-    const of = i => values => values[i]?.map((mean, n) => ({ x: recall[n], mean })) ?? [];
-    $("curve-charts").replaceChildren(...Object.entries(lines).map(([title, values]) => lineChart(title, [
-      { label: names[0], points: of(0)(values), stroke: "var(--soft)", dashed: "3 4" },
-      ...(select.value > 0 ? [{ label: names[select.value], points: of(+select.value)(values), stroke: "var(--accent)" }]
-        : []),
-    ], { domain: [0, 1.02], axis: "recall", whole: false })));
+    const line = (i, more) => values => ({ label: names[i], ...more,
+      points: values[i].map((mean, n) => ({ x: recall[n], mean })) });
+    const drawn = [line(+select.value, { stroke: "var(--accent)" })];
+    if (select.value > 0) drawn.unshift(line(0, { stroke: "var(--soft)", dashed: "3 4" }));
+    $("curve-charts").replaceChildren(...Object.entries(lines).map(([title, values]) =>
+      lineChart(title, drawn.map(of => of(values)), { domain: [0, 1], axis: "recall", whole: false })));
   };
   select.onchange = draw;
   draw();
@@ -44,16 +56,17 @@ function startCurves() {
 function drawMatrix() {
   const { categories, nothing, totals, cells } = data.confusion;
   const rows = [...categories, ...(nothing ? [nothing[0]] : [])], columns = [...categories, ...(nothing ? [nothing[1]] : [])];
-  const size = Math.max(12, Math.min(46, Math.floor(860 / rows.length))), numbers = size >= 24;
   const short = name => name.length > 18 ? name.slice(0, 17) + "…" : name;
-  const room = 14 + 6.6 * Math.max(...[...rows, ...columns].map(name => short(name).length));
+  const room = 14 + 7.4 * Math.max(...[...rows, ...columns].map(name => short(name).length));
+  const fits = ($("confusion").clientWidth - 50 - room) / columns.length;
+  const size = Math.max(11, Math.min(46, Math.floor(fits))), numbers = size >= 24;
   const width = room + size * columns.length + 4, height = room + size * rows.length + 4;
   const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
-    "aria-label": "Confusion matrix", style: "max-width:none" });
+    "aria-label": "Confusion matrix", style: `max-width:none;--size:${Math.min(13, size + 1)}px` });
   const middle = i => room + (i + .5) * size;
   rows.forEach((name, i) => chart.append(
-    svg("text", { class: "name", x: room - 6, y: middle(i) + 4, "text-anchor": "end" }, short(name))));
-  columns.forEach((name, i) => chart.append(svg("text", { class: "name", "text-anchor": "start",
+    svg("text", { class: "axis-name", x: room - 6, y: middle(i) + 4, "text-anchor": "end" }, short(name))));
+  columns.forEach((name, i) => chart.append(svg("text", { class: "axis-name", "text-anchor": "start",
     transform: `translate(${middle(i) + 4} ${room - 6}) rotate(-90)` }, short(name))));
   for (let i = 0; i <= rows.length; i++) chart.append(
     svg("line", { class: "grid", x1: room, x2: room + size * columns.length, y1: room + i * size, y2: room + i * size }),

@@ -9,7 +9,7 @@ function range(points) {
 /** Lines are { setting, label, points: [{ x, mean, low, high }], stroke, dashed }; low and high make a band. */
 function lineChart(title, lines, { domain, axis = "epoch", whole = true } = {}) {
   const box = html("div", {}, html("h3", {}, title));
-  const width = 380, height = 240, left = 46, bottom = 34, top = 8, right = 8;
+  const width = 380, height = 240, left = 46, bottom = 34, top = 8, right = 12;
   const points = lines.flatMap(l => l.points);
   if (!points.length) { box.append(html("p", { class: "hint" }, "not measured")); return box; }
   const places = [...new Set(points.map(p => p.x))].sort((a, b) => a - b);

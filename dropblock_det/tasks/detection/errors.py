@@ -15,16 +15,16 @@ from dropblock_det.tasks.detection.coco_eval import matched_images
 
 HIT, NEAR = 0.5, 0.1  # IoU from which on a box is that of an object, or is at least meant for it
 DETECTIONS = {
-    "right": "pycocotools matches it with an object of its category",
-    "wrong class": "on an object of another category",
-    "wrong place": "near an object of its category: IoU 0.1 to 0.5",
-    "double": "on an object of its category that a detection with a higher score has found",
-    "background": "none of these",
+    "right": "matched with an object of its category (IoU 0.5 or more)",
+    "wrong class": "on an object of another category (IoU 0.5 or more)",
+    "wrong place": "near an object of its category (IoU 0.1 to 0.5)",
+    "double": "on an object of its category that one with a higher score has found",
+    "background": "nowhere near an object of its category, and on none of another",
 }
 OBJECTS = {
     "found": "by a right detection",
-    "wrong class or place": "not found, but the one that such a detection is on or nearest to",
-    "missed": "neither",
+    "wrong class or place": "not found, but such a detection is meant for it",
+    "missed": "no detection is meant for it",
 }
 RIGHT, WRONG_CLASS, WRONG_PLACE, DOUBLE, BACKGROUND = range(5)
 FOUND, MISTAKEN, MISSED = range(3)

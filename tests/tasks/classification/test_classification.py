@@ -1,5 +1,7 @@
 """The classification task through the same commands as detection."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import torch
 from PIL import Image
 from support.tiny_run import ROOT
 
+from dropblock_det.datasets.classification import InMemory, Labelled
 from dropblock_det.datasets.images import read_image
 from dropblock_det.errors import InputError
 from dropblock_det.runs.record import read_record
+from dropblock_det.tasks.classification.breakdown import classification_breakdown
 from dropblock_det.tasks.classification.module import ClassificationModule
 from dropblock_det.training import cli
 from dropblock_det.training.evaluate import evaluate
@@ -80,6 +84,66 @@ def test_evaluating_the_checkpoint_gives_the_same_values_and_each_class_s(run, t
         assert values[f"accuracy/{name}"] == pytest.approx(sum(own) / len(own))
     right = sum(row["predicted"] == row["label"] for row in rows) / len(rows)
     assert values["accuracy"] == pytest.approx(right)
+
+
+def test_a_closer_look(run, tmp_path, capsys, line_of):
+    best, folder = run / "checkpoints" / "best.ckpt", tmp_path / "closer"
+    values = evaluate(best, report=folder, results=tmp_path / "results.json", accelerator="cpu")
+    seen = json.loads((tmp_path / "results.json").read_text())
+    assert f"report  {folder}/report.html" in capsys.readouterr().out
+    classes, confusion, images = (
+        list(csv.reader((folder / f"{name}.csv").open(newline="")))
+        for name in ("categories", "confusion", "images")
+    )
+    assert [row[0] for row in classes] == ["class", "bright", "dark", "all"]
+    for row in classes[1:3]:
+        assert float(row[3]) == pytest.approx(values[f"accuracy/{row[0]}"])
+    assert float(classes[3][3]) == pytest.approx(values["accuracy"])
+    counts = [[sum(r["label"] == a and r["predicted"] == b for r in seen) for b in (0, 1)] for a in (0, 1)]
+    assert confusion == [
+        ["", "bright", "dark"],
+        *([n, *map(str, c)] for n, c in zip(("bright", "dark"), counts, strict=True)),
+    ]
+    wrong = sum(row[4] == "0" for row in images[1:])
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == wrong
+    assert f"It gives {10 - wrong} of 10 images" in page
+    assert {path.name for path in folder.iterdir()} == {
+        *("report.html", "categories.csv", "confusion.csv", "images.csv")
+    }
+    message = line_of(lambda: evaluate(best, report=folder, score=0.5, accelerator="cpu"))
+    assert "--score: detectors alone" in message
+
+
+def test_the_surest_errors_come_first():
+    labelled = Labelled(
+        torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 1, 2, 3),
+        torch.zeros(6),
+        (),
+        torch.arange(10, 16),
+    )
+    rows = [
+        (10, 0, 0, 0.9),
+        (11, 0, 1, 0.6),
+        (12, 1, 0, 0.8),
+        (13, 1, 1, 0.5),
+        (14, 0, 0, 0.7),
+        (15, 0, 1, 0.7),
+    ]
+    predictions = [dict(zip(("image_id", "label", "predicted", "score"), row, strict=True)) for row in rows]
+    found = classification_breakdown(InMemory(labelled), predictions, ["dark", "bright"])
+    (examples,) = found.examples.values()
+    assert [example.title for example in examples] == ["image 12", "image 15", "image 11"]
+    assert examples[0].note == "bright taken for dark (0.800)"
+    picture = Image.open(io.BytesIO(examples[1].picture))
+    assert (picture.size, picture.getpixel((0, 0))) == ((3, 2), (5, 5, 5))
+    assert found.confusion.counts.tolist() == [[2, 2], [1, 1]]
+    assert found.categories.rows == (("dark", 4, 3, 0.5, 2 / 3), ("bright", 2, 3, 0.5, 1 / 3))
+    assert found.answer == (
+        "It gives 3 of 6 images (50.0 %) their own class.",
+        "Highest accuracy: dark (0.500); lowest: bright (0.500).",
+        "Most often confused: dark is taken for bright, 2 times.",
+    )
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_bits(run, folder, tmp_path, monkeypatch):

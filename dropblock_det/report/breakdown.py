@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,13 @@ def check_folder(folder: Path) -> None:
         if folder.exists() or folder.is_symlink():
             raise InputError(f"{folder}: not a folder; give the report another name")
         return
-    for path in sorted(folder.iterdir()):
-        written = path.name in FILES or re.fullmatch(r"\.(.+)\.[^.]+\.part", path.name)
-        if not written or path.is_symlink() or not path.is_file():
+    half = tuple(f".{name}." for name in FILES)  # of a killed process
+    whole = [path for path in sorted(folder.iterdir()) if not path.name.startswith(half)]
+    for path in whole:
+        if path.name not in FILES or path.is_symlink() or not path.is_file():
             raise InputError(f"{folder}: holds {path.name!r}, no part of such a report; give another folder")
     page = folder / PAGE
-    if any(folder.iterdir()) and not (page.is_file() and KIND.encode() in page.read_bytes()[:1000]):
+    if whole and not (page in whole and KIND in page.read_text(errors="replace")[:1000]):
         raise InputError(f"{folder}: what it holds is no such report; give another folder")
 
 

@@ -10,6 +10,7 @@ import pytest
 from support.pages import clicked, in_a_browser, read_whole
 
 from dropblock_det.errors import InputError
+from dropblock_det.files import MACHINE
 from dropblock_det.report import breakdown as report
 from dropblock_det.report.breakdown import check_folder, render_breakdown, write_breakdown
 from dropblock_det.tasks.breakdown import Breakdown, Confusion, Curves, Example, Part, Table, encoded
@@ -100,7 +101,7 @@ def test_the_files_have_the_figures_unrounded(tmp_path):
 def test_an_earlier_report_is_replaced_whole(tmp_path):
     check_folder(tmp_path)
     write_breakdown(tmp_path, invented(), "one", "")
-    (tmp_path / ".report.html.x7.part").write_text("half of a page: its writer was killed")
+    (tmp_path / f".report.html.{MACHINE}-999999999-1.x7.part").write_text("half, by a process that is gone")
     check_folder(tmp_path)
     page = write_breakdown(tmp_path, invented(curves=False), "two", "")
     assert "two" in page.read_text()
@@ -110,6 +111,8 @@ def test_an_earlier_report_is_replaced_whole(tmp_path):
 
 
 def test_a_killed_report_is_taken_up_again(tmp_path, monkeypatch):
+    (tmp_path / ".report.html.1-2-3.x7.part").write_text("half")
+    check_folder(tmp_path)
     written = []
 
     def dies(path, text):

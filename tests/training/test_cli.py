@@ -109,7 +109,7 @@ def test_a_closer_look_has_the_same_figures(run, tmp_path, capsys):
         ({"score": 0.5}, "--score: where --report counts detections; give --report too"),
         ({"report": "runs"}, "no part of such a report; give another folder"),
         ({"report": "new", "results": "new/x.json"}, "x.json: in the report's folder"),
-        ({"report": "new", "score": 1.5}, "--score: got 1.5"),
+        ({"report": "new", "score": 1.5}, "score: got 1.5"),
     ],
 )
 def test_a_closer_look_that_cannot_begin_is_one_line(options, message, run, tmp_path, line_of):
@@ -117,7 +117,7 @@ def test_a_closer_look_that_cannot_begin_is_one_line(options, message, run, tmp_
     options = {name: names.get(value, value) for name, value in options.items()}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     best = str(run / "checkpoints" / "best.ckpt")
-    assert message in line_of(lambda: command(evaluate, [best, "--accelerator", "cpu", *words]))
+    assert message in line_of(lambda: command(evaluate, [best, "--accelerator", "cpu", *words], "evaluate"))
     assert not list(tmp_path.iterdir())
 
 

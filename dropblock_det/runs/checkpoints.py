@@ -44,6 +44,7 @@ class _Content(TypedDict):
     validation_data: dict[str, Any]
     state_dict: dict[str, torch.Tensor]
     task: NotRequired[str]
+    precision: NotRequired[str]
     regularizers: NotRequired[list[_Regularizer]]
 
 

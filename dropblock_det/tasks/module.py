@@ -39,6 +39,7 @@ class TaskModule(LightningModule):
         logged: what its evaluation gives beside these: names, as a regular expression.
         predictions: those of the last validation, in the order of the images.
         evaluation: of the last validation, on the first process; ``None`` on others and before.
+        precision: of the training that a checkpoint is from, as Lightning names it.
         seen_loss: training loss of the last step that the host has seen, one behind; ``None`` before.
 
     Args:
@@ -72,6 +73,7 @@ class TaskModule(LightningModule):
         self.predictions: list[Any] = []
         self.evaluation: Evaluation | None = None
         self._validated: list[_Batch] = []
+        self.precision: Any = "32-true"
         self.seen_loss: float | None = None
         self._watch = Watch()
         self._skipped_steps = 0
@@ -118,11 +120,13 @@ class TaskModule(LightningModule):
         """Rebuilds the module from a loaded checkpoint alone; published weights are not fetched again."""
         module = cls(**checkpoint["hyper_parameters"] | {"_load_weights": False})
         module.load_state_dict(checkpoint["state_dict"])
+        module.precision = checkpoint.get("precision", module.precision)
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the task's name and where the validation images are, for the evaluation."""
+        """Adds the task's name, the precision and where the validation images are, for the evaluation."""
         self._look(all_but=0)
+        checkpoint["precision"] = self.trainer.precision
         checkpoint["task"] = self.task
         checkpoint["validation_data"] = self.trainer.datamodule.validation_arguments()  # type: ignore[attr-defined]
 

@@ -40,6 +40,7 @@ from dropblock_det.training.launch import (
 )
 from dropblock_det.training.loggers import Pictures, loggers
 from dropblock_det.training.peers import Peers
+from dropblock_det.training.precision import AutoTrainer, resolve_precision
 from dropblock_det.training.tasks import Task, task_classes
 from dropblock_det.training.terminal import Bar, Story, calm, print_result, shows_a_bar
 
@@ -71,7 +72,7 @@ class TrainCLI(LightningCLI):
     def __init__(self, task: str, stack: contextlib.ExitStack, verbose: bool, **arguments: Any) -> None:
         self.stack, self.verbose = stack, verbose
         self.module, self.data = task_classes(task)
-        super().__init__(self.module, self.data, **arguments)
+        super().__init__(self.module, self.data, trainer_class=AutoTrainer, **arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``--task``, ``--output`` and ``--regularize.*``, and lets the data say what they are."""
@@ -113,6 +114,9 @@ class TrainCLI(LightningCLI):
                 ) from None
             raise
         check_settings(resolved_config(parser, self.config), self.module, self.data)
+        trainer = self.config["trainer"]
+        if trainer["precision"] == "auto":  # config.yaml says what it was: elsewhere a run goes on with that
+            trainer["precision"] = resolve_precision(trainer["accelerator"], trainer["devices"])
 
     def instantiate_classes(self) -> None:
         """Says in one line which package a logger or a callback misses."""

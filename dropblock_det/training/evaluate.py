@@ -115,6 +115,7 @@ def evaluate(
         use_distributed_sampler=False,
         accelerator=accelerator,
         devices=devices,
+        precision=module.precision,
     )
     trainer.validate(module, datamodule, verbose=False)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

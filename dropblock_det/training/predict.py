@@ -26,6 +26,7 @@ from dropblock_det.training.evaluate import rebuilt
 from dropblock_det.training.launch import refusals
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # a training's precisions
 
 
 def load_model(checkpoint: Path | str, device: str = "auto") -> TaskModule:
@@ -153,7 +154,8 @@ def predict_files(
 def _seen(model: TaskModule, images: list[Tensor], score: float) -> list[dict[str, Tensor]]:
     if not images:
         return []
-    with torch.inference_mode():
+    dtype = AUTOCAST.get(model.precision)
+    with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=dtype is not None):
         found = model.predict_step([image.to(model.device) for image in images])
     return [{name: value[each["scores"] >= score].cpu() for name, value in each.items()} for each in found]
 

@@ -111,7 +111,7 @@ class Story(Callback):
         _print(
             f"Training {name} ({parameters:.1f} million parameters; {_regularizers(trainer)}) on {images}, "
             f"{trainer.num_training_batches} batches an epoch, validating on "
-            f"{_amount(trainer.val_dataloaders)}; {until}, {processes}{device}."
+            f"{_amount(trainer.val_dataloaders)}; {until}, {processes}{device}, in {trainer.precision}."
         )
         folder = self.recorder.folder
         _print(f"Results go to {folder}. After Ctrl-C, --resume {folder} goes on from the last epoch.")

@@ -17,6 +17,7 @@ from dropblock_det.tasks.detection.coco_eval import (
     outcomes_of,
 )
 from dropblock_det.tasks.detection.eval_losses import losses_and_detections
+from dropblock_det.tasks.detection.float32 import boxes_in_float32
 from dropblock_det.tasks.detection.metrics import HEADLINE, METRICS
 from dropblock_det.tasks.detection.models import build_detector
 from dropblock_det.tasks.detection.samples import box_samples
@@ -88,6 +89,7 @@ class DetectionModule(TaskModule):
             score_thresh=score_thresh,
             detections_per_img=detections_per_img,
         )
+        boxes_in_float32(self.detector)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The detector's own."""

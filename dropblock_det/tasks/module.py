@@ -147,6 +147,7 @@ class TaskModule(LightningModule):
         # Of the scaler of float16: gradients are unscaled before they are clipped, not within the fused step.
         optimizer._step_supports_amp_scaling = False
         optimizer.register_load_state_dict_pre_hook(_stays_fused)
+        optimizer.register_load_state_dict_post_hook(_laid_out_as_the_weights)
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, total, hp.lr_schedule, hp.warmup_steps, hp.lr_milestones)
@@ -263,3 +264,11 @@ def _stays_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dic
     """A saved state says whether its own optimizer was fused: another device's, or an older version's."""
     fused = {"fused": optimizer.defaults["fused"]}
     return {**state, "param_groups": [group | fused for group in state["param_groups"]]}
+
+
+def _laid_out_as_the_weights(optimizer: torch.optim.Optimizer) -> None:
+    """A fused step on a CPU reads memory in its order: a saved state may have that of another format."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

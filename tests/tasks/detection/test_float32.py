@@ -33,7 +33,8 @@ def test_anchors_and_boxes_are_exact_where_the_layers_are_not(name):
     ours, detections = seen(True, torch.bfloat16)
     theirs, rounded = seen(False, torch.bfloat16)
     assert all(map(torch.equal, ours, exact))
-    assert not all(torch.equal(one.float(), other) for one, other in zip(theirs, exact, strict=True))
+    rounds = not all(torch.equal(one.float(), other) for one, other in zip(theirs, exact, strict=True))
+    assert rounds or "fcos" in name  # whose anchors are multiples of 8
     assert {each["boxes"].dtype for each in detections} == {torch.float32}
     assert {each["boxes"].dtype for each in rounded} != {torch.float32} or "fasterrcnn" in name
     assert all(len(each["boxes"]) for each in detections)

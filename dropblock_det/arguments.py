@@ -39,6 +39,10 @@ def checked_arguments(
     for name, value in arguments.items():
         if name not in hints:
             raise InputError(f"{origin}{name}: there is no such argument")
+        if any(
+            "\0" in word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)
+        ):
+            raise InputError(f"{origin}{name}: got {value!r}; no name holds a NUL byte")
         try:
             checked[name] = msgspec.convert(value, hints[name], dec_hook=_path)
         except (msgspec.ValidationError, OverflowError) as error:

@@ -157,7 +157,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.{process_name(os.getpid())}.", suffix=".part"
+        dir=path.parent, prefix=f".{path.name[:50]}.{process_name(os.getpid())}.", suffix=".part"
     )
     try:
         with open(handle, "wb") as file:
@@ -181,7 +181,7 @@ def _escaped(name: str) -> str:
 
 def _remove_abandoned(path: Path, now: float) -> None:
     """Removes what killed processes left half written."""
-    for leftover in path.parent.glob(f".{_escaped(path.name)}.*.part"):
+    for leftover in path.parent.glob(f".{_escaped(path.name[:50])}.*.part"):
         with contextlib.suppress(OSError):  # another process was faster
             if is_gone(leftover.name.split(".")[-3], now - leftover.stat().st_mtime):
                 leftover.unlink()

@@ -66,32 +66,51 @@ def load_cifar10(root: Path, train: bool, download: bool, size: int | None, choo
 
 
 def load_mnist(root: Path, train: bool, download: bool, size: int | None, choose: Choose) -> Labelled:
-    """MNIST from its own files, as torchvision fetches and checks them."""
-    data = MNIST(str(root), train=train, download=download)
-    ids = choose(len(data.targets))
-    return Labelled(data.data[ids].unsqueeze(1), data.targets[ids], tuple(data.classes), ids)
+    """MNIST from its own files, as torchvision fetches them; unlike CIFAR-10's it does not check them."""
+    try:
+        data = MNIST(str(root), train=train, download=download)
+    except (AssertionError, ValueError, TypeError, IndexError) as error:  # whatever broken bytes lead it to
+        raise RuntimeError(f"its files are damaged ({error})") from None
+    images, labels = data.data, data.targets
+    if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() >= len(data.classes):
+        raise RuntimeError("its files are damaged (images and labels do not fit)")
+    ids = choose(len(labels))
+    return Labelled(images[ids].unsqueeze(1), labels[ids], tuple(data.classes), ids)
 
 
 def load_folder(root: Path, train: bool, download: bool, size: int | None, choose: Choose) -> Labelled:
     """``root/train/CLASS/*`` and ``root/test/CLASS/*``, resized to ``size`` pixels a side if given."""
-    data = ImageFolder(str(root / ("train" if train else "test")))
+    folder = root / ("train" if train else "test")
+    data = ImageFolder(str(folder))
+    _check_classes(folder, data)
     ids = choose(len(data.targets))
     images: Tensor | None = None
     for number, file in enumerate(data.samples[index][0] for index in ids.tolist()):
         image = read_image(Path(file))
-        if size is not None:
-            image = resize(image, [size, size], antialias=True)
+        shape = image.shape if size is None else (3, size, size)
         if images is None:
-            shape = (len(ids), *image.shape)
-            if np.prod(shape, dtype=float) > MAX_BYTES:
-                raise InputError(f"{root}: takes more than {MAX_BYTES >> 30} GiB decoded; give a data.size")
-            images = torch.empty(shape, dtype=torch.uint8)
-        if image.shape != images.shape[1:]:
-            found, first = ("x".join(map(str, shape[:0:-1])) for shape in (image.shape, images.shape[1:]))
+            if len(ids) * np.prod(shape, dtype=float) > MAX_BYTES:
+                raise InputError(
+                    f"{root}: takes more than {MAX_BYTES >> 30} GiB decoded; give a smaller data.size"
+                )
+            images = torch.empty((len(ids), *shape), dtype=torch.uint8)
+        if shape != images.shape[1:]:
+            found, first = ("x".join(map(str, shape[:0:-1])) for shape in (shape, images.shape[1:]))
             raise InputError(f"{file}: {found} pixels, the first image has {first}; give a data.size for all")
-        images[number] = image
+        images[number] = image if size is None else resize(image, [size, size], antialias=True)
     assert images is not None  # ImageFolder raises where there is no image
     return Labelled(images, torch.tensor(data.targets)[ids], tuple(data.classes), ids)
+
+
+def _check_classes(folder: Path, data: ImageFolder) -> None:
+    if len(data.classes) < 2:
+        raise InputError(f"{folder}: has one class, {data.classes[0]!r}; a classifier takes two or more")
+    for name in data.classes:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError(f"{folder}: the class {name!r} has a name that is not UTF-8; rename the folder")
+    folders = {Path(file).parent for file, _ in data.samples}
+    if len({path.resolve() for path in folders}) < len(folders):
+        raise InputError(f"{folder}: links lead to the same images more than once; remove them")
 
 
 SOURCES: dict[str, Callable[[Path, bool, bool, int | None, Choose], Labelled]] = {
@@ -128,6 +147,7 @@ class InMemory(Dataset[Batch]):
 def shifted(images: Tensor, shifts: Tensor) -> Tensor:
     """Moves each image by ``shifts`` (B, 2) rows and columns; what comes in from outside is 0."""
     n, channels, height, width = images.shape
+    shifts = shifts.clamp(-max(height, width), max(height, width))  # further away there is nothing either
     reach = int(shifts.abs().max())
     padded = torch.nn.functional.pad(images, [reach] * 4)
     rows = torch.arange(height) + reach - shifts[:, :1]

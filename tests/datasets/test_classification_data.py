@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -150,9 +151,26 @@ def _empty_class(root: Path) -> None:
     (root / "train" / "bird").mkdir()
 
 
+def _one_class(folder):
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part / "cat")
+
+
+def _not_utf8(folder):
+    (folder / "train" / "cat").rename(folder / "train" / "c\udcff")
+
+
+def _a_link_in_a_circle(folder):
+    (folder / "train" / "cat" / "more").symlink_to(folder / "train")
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
+        (_one_class, {}, "train: has one class, 'dog'; a classifier takes two or more"),
+        (_not_utf8, {}, r"'c\\udcff' has a name that is not UTF-8; rename the folder"),
+        (_a_link_in_a_circle, {}, "links lead to the same images more than once"),
+        (None, {"size": 2**16}, "takes more than 8 GiB decoded; give a smaller data.size"),
         (_odd_size, {}, "9.png: 7x5 pixels, the first image has 6x5; give a data.size"),
         (_broken, {}, r"1.png: can't be read as an image \("),
         (_other_classes, {}, "train and test have other classes"),
@@ -177,22 +195,57 @@ def test_what_is_wrong_is_one_line(folder, spoil, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_mnist_s_own_files_are_read(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
+def write_mnist(root, sizes=(5, 3), **others):
+    """Random images with the labels 0, 1, ...; ``others`` are other bytes for ``images`` or ``labels``."""
+    raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for part, size in (("train", 5), ("t10k", 3)):
+    for part, size in zip(("train", "t10k"), sizes, strict=True):
         pixels, labels = rng.integers(0, 256, (size, 28, 28), dtype=np.uint8), np.arange(size, dtype=np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4i", 2051, size, 28, 28) + pixels.tobytes()
-        )
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, size) + labels.tobytes())
+        content = {
+            "images": struct.pack(">4i", 2051, size, 28, 28) + pixels.tobytes(),
+            "labels": struct.pack(">2i", 2049, size) + labels.tobytes(),
+        } | others
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(content["images"])
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(content["labels"])
+    return pixels
+
+
+def test_mnist_s_own_files_are_read(tmp_path):
+    pixels = write_mnist(tmp_path)
     data = ClassificationDataModule(str(tmp_path), "mnist")
     data.setup("fit")
     assert data.val_dataset.images.shape == (3, 1, 28, 28)
     assert np.array_equal(data.val_dataset.images[2, 0], pixels[2])
     assert data.val_dataset.labels.tolist() == [0, 1, 2]
     assert len(data.categories) == 10
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"images": b""},
+        {"images": b"\xff" * 900},
+        {"images": struct.pack(">4i", 2051, 5, 28, 28) + bytes(300)},
+        {"images": struct.pack(">4i", 2051, 2**31 - 1, 2**30, 28)},
+        {"images": struct.pack(">4i", 2051, 5, 14, 56) + bytes(5 * 784)},
+        {"images": struct.pack(">4I", 0xD03, 5, 28, 28) + bytes(5 * 4 * 784)},
+        {"images": struct.pack(">2i", 2049, 5) + bytes(5)},
+        {"images": struct.pack(">4i", 2051, 0, 28, 28), "labels": struct.pack(">2i", 2049, 0)},
+        {"labels": struct.pack(">2i", 2049, 2) + bytes(2)},
+        {"labels": struct.pack(">2i", 2049, 5) + b"\xc8" * 5},
+    ],
+)
+def test_damaged_mnist_is_one_line(tmp_path, others):
+    write_mnist(tmp_path, **others)
+    with pytest.raises(InputError, match=r"no mnist data set: .*; check data\.root") as caught:
+        ClassificationDataModule(str(tmp_path), "mnist").setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shift_far_beyond_the_image_leaves_nothing():
+    images = torch.ones(2, 3, 4, 5, dtype=torch.uint8)
+    assert shifted(images, torch.tensor([[2**30, 0], [0, -(2**30)]])).sum() == 0
 
 
 @pytest.fixture(scope="module")

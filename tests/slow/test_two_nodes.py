@@ -88,7 +88,7 @@ def test_two_nodes_share_a_comparison(nodes, scenes, tmp_path):
     wait_for(lambda: newest_checkpoint(tmp_path / "runs/none/seed0"), 200)
     first.kill()  # and with it its whole node
     first.wait()
-    assert second.wait(900) == 0
+    assert second.wait(1800) == 0
     comparison = gather(tmp_path / "runs")
     assert comparison.absent == ()
     for record in comparison.records:

@@ -22,11 +22,11 @@ from dropblock_det.errors import InputError
 from dropblock_det.files import write_bytes
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO
 from dropblock_det.runs.folder import newest_checkpoint
+from dropblock_det.shipped import FIRST
 from dropblock_det.training import cli
 from dropblock_det.training.evaluate import evaluate
 from dropblock_det.training.launch import sole_use
 
-CONFIG = ROOT / "configs" / "quickstart.yaml"
 FIGURES = ("loss", "val_loss", "mAP", "AP50", "AP75")
 
 
@@ -169,7 +169,7 @@ def test_a_broken_record_is_named(record, run, tmp_path, line_of, monkeypatch):
 
 def test_shorter_ways_to_say_things(run):
     short = ["--on-nonfinite=skip", "--model.lr", "0.1"]
-    expected = "detection", [f"--config={CONFIG}", "--model.on_nonfinite=skip", *short[1:]]
+    expected = "detection", [f"--config={FIRST}", "--model.on_nonfinite=skip", *short[1:]]
     assert cli.spelled_out(short) == expected
     given = ["--config", str(run / "config.yaml"), "--on-nonfinite", "skip"]
     assert cli.spelled_out(given)[1] == [*given[:2], "--model.on_nonfinite", "skip"]
@@ -221,6 +221,7 @@ def test_without_the_best_checkpoint_it_is_not_named(run, scenes, tmp_path, monk
 
 DIES_WHILE_WRITING = """
 import io, os, signal, sys, torch
+from dropblock_det.shipped import FIRST
 from dropblock_det.training import cli
 whole = torch.save
 

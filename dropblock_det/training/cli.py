@@ -119,12 +119,15 @@ class TrainCLI(LightningCLI):
             trainer["precision"] = resolve_precision(trainer["accelerator"], trainer["devices"])
 
     def instantiate_classes(self) -> None:
-        """Says in one line which package a logger or a callback misses."""
+        """Says in one line which package a logger or a callback misses, or why it can't be made."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             if missing := re.search("HINT: Try running `(pip install [^`]*)`", str(error)):
                 raise InputError(f"a package is not installed: {missing[1]}") from error
+            # jsonargparse has tried each type that the setting may have; among that is what the class said.
+            if reasons := re.findall(r"^  - +(?!Not a valid|Expected a)(\S.*)", str(error), re.MULTILINE):
+                raise InputError(f"trainer: a class can't be made: {'; '.join(reasons)[:400]}") from error
             raise
 
     @property

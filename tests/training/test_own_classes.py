@@ -47,6 +47,11 @@ class Keeps(CSVLogger):
 
     def log_image(self, key, images, step=None):
         SEEN.append(("picture", key, images, step))
+
+
+class Refuses(CSVLogger):
+    def __init__(self):
+        raise RuntimeError("the server is not there")
 """
 
 
@@ -180,6 +185,12 @@ class Missing(str):
 
     def __str__(self):
         return f"Requirement '{self[:]}>=1' not met. HINT: Try running `pip install -U '{self[:]}>=1'`"
+
+
+def test_a_logger_that_cannot_be_made_is_one_line(theirs, scenes, tmp_path, line_of, monkeypatch):
+    words = arguments(scenes, tmp_path / "run", f"--allow={theirs}", f"--trainer.logger+={theirs}.Refuses")
+    line = line_of(lambda: train(words, monkeypatch))
+    assert line == "error: trainer: a class can't be made: the server is not there\n"
 
 
 def test_mlflow_gets_pictures_as_files(tmp_path, monkeypatch):

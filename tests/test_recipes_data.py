@@ -1,6 +1,6 @@
 """The README's recipe for a data set of one's own, followed to the letter."""
 
-import importlib
+import contextlib
 import json
 import re
 import sys
@@ -10,8 +10,8 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-import dropblock_det.datasets
 from dropblock_det.datasets.coco import CocoDataModule
+from dropblock_det.training.allowed import allow
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -22,7 +22,8 @@ def test_a_data_set_is_one_class(tmp_path, monkeypatch):
     ).groups()
     assert code.count("\n") + settings.count("\n") <= 10
     (tmp_path / "pedestrians.py").write_text(code)
-    monkeypatch.setattr(dropblock_det.datasets, "__path__", [*dropblock_det.datasets.__path__, str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "photos").mkdir()
     for part in ("train", "val"):
         Image.new("RGB", (40, 30), "gray").save(tmp_path / "photos" / f"{part}.png")
@@ -36,8 +37,9 @@ def test_a_data_set_is_one_class(tmp_path, monkeypatch):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(CocoDataModule, "data")
     words = [word.replace("data/pedestrians", str(tmp_path)) for word in settings.split()]
-    words = [word for word in words if word.startswith("--data")]
-    data = parser.instantiate(parser.parse_args([*words, "--data.num_workers=0", "--data.seed=3"])).data
+    with contextlib.ExitStack() as stack:
+        words = [word for word in allow(words, stack) if word.startswith("--data")]
+        data = parser.instantiate(parser.parse_args([*words, "--data.num_workers=0", "--data.seed=3"])).data
     assert type(data).__name__ == "Pedestrians"
     assert (data.seed, data.batch_size) == (3, 4)
     data.prepare_data()
@@ -48,4 +50,4 @@ def test_a_data_set_is_one_class(tmp_path, monkeypatch):
     assert torch.isfinite(images[0]).all()
     assert data.val_dataset.files == ["val.png"]
     assert data.categories == [{"label": 1, "id": 1, "name": "person"}]
-    del sys.modules[importlib.import_module("dropblock_det.datasets.pedestrians").__name__]
+    del sys.modules["pedestrians"]

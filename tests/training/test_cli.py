@@ -97,7 +97,7 @@ def test_a_closer_look_has_the_same_figures(run, tmp_path, capsys):
         assert float(total[name]) == pytest.approx(figures[figure], rel=1e-6)
     known = [float(row["AP"]) for row in categories if row["AP"]]
     assert sum(known) / len(known) == pytest.approx(figures["mAP"], rel=1e-6)
-    assert "score of 0.010 or more" in (folder / "report.html").read_text()
+    assert "score of 0.01 or more" in (folder / "report.html").read_text()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     evaluate(best, report=folder, score=0.01, accelerator="cpu")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -32,18 +32,20 @@ VALUES = (
     Metric("AP50", "AP50", "higher", meaning="mean of AP50 over the categories"),
     Metric("AR_100", "AR", "higher", meaning="mean of AR over the categories"),
 )
+OBJECT_COUNT = Metric("objects", "objects", digits=0, meaning="without crowd regions")
+DETECTION_COUNT = Metric("detections", "detections", digits=0, meaning="with the score or a higher one")
 COUNTED = (
-    Metric("objects", "objects", digits=0, meaning="without crowd regions"),
+    OBJECT_COUNT,
     *(Metric(name, name, digits=0, meaning=meaning) for name, meaning in OBJECTS.items()),
-    Metric("detections", "detections", digits=0, meaning="with the score or a higher one"),
+    DETECTION_COUNT,
     *(Metric(name, name, digits=0, meaning=meaning) for name, meaning in DETECTIONS.items()),
 )
 CATEGORY = Metric("category", "category")
 CATEGORIES = (
     CATEGORY,
-    Metric("objects", "objects", digits=0, meaning="without crowd regions"),
+    OBJECT_COUNT,
     Metric("images", "images", digits=0, meaning="with an object of the category"),
-    Metric("detections", "detections", digits=0, meaning="with the score or a higher one"),
+    DETECTION_COUNT,
     Metric("AP", "AP", "higher", meaning="COCO's average precision, the mean over IoU 0.50 to 0.95"),
     Metric("AP50", "AP50", "higher", meaning="average precision at IoU 0.50"),
     Metric("AR", "AR", "higher", meaning="COCO's average recall, with up to 100 detections in an image"),
@@ -107,7 +109,7 @@ def detection_breakdown(
         values=tuple((metric, values[metric.name]) for metric in VALUES),
         parts={
             "objects": _parts(OBJECTS, totals),
-            f"detections with a score of {score:.3f} or more": _parts(DETECTIONS, totals),
+            f"detections with a score of {score:g} or more": _parts(DETECTIONS, totals),
         },
         categories=categories,
         errors=Table(
@@ -166,7 +168,7 @@ def _answer(totals: dict[str, int], score: float, why: str, categories: Table) -
     lines = [
         f"It finds {share(totals['found'], totals['objects'], 'objects')}, and "
         f"{share(totals['right'], totals['detections'], 'detections')} are right.",
-        f"Counted are detections with a score of {score:.3f} or more, {why}.",
+        f"Counted are detections with a score of {score:g} or more, {why}.",
     ]
     by_ap = sorted((row[AP], row[0]) for row in categories.rows if row[AP] is not None)
     if len(by_ap) > 1:

@@ -246,7 +246,7 @@ BOX = [0, 0, 10, 10]
 def test_next_to_nothing(objects, detections, answer, shown, tmp_path):
     found = detection_breakdown(index_of(objects, 1), Images(tmp_path, [1]), results_of(detections))
     assert found.answer[0].startswith(answer)
-    assert (f"{NO_SCORE:.3f} or more, as none is right" in found.answer[1]) == ("and 1 of 1" not in answer)
+    assert (f"{NO_SCORE} or more, as none is right" in found.answer[1]) == ("and 1 of 1" not in answer)
     assert {name: len(images) for name, images in found.examples.items()} == {"worst": 0, "best": shown}
     dogs = found.categories.rows[1]
     assert dogs == ("dog", 0, 0, 0, None, None, None, None, None)

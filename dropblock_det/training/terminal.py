@@ -31,6 +31,7 @@ NOISE = (
     "Experiment logs directory .* exists and is not empty",
     "Loading `train_dataloader` to estimate",
     "(GPU|TPU|HPU) available: ",
+    "Using (bfloat16|16bit) Automatic Mixed Precision",
     "Seed set to ",
     "`Trainer.fit` stopped: `max_epochs",
 )

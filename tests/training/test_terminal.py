@@ -44,7 +44,7 @@ def test_by_default_it_is_calm_and_says_what_it_does(scenes, tmp_path, monkeypat
     assert re.fullmatch(
         r"Training ssdlite320_mobilenet_v3_large \(2\.3 million parameters; dropblock with p 0\.25 at \d+ "
         rf"sites\) on 8 images of {scenes}\S*, 2 batches an epoch, "
-        r"validating on 5 images; epochs 1 to 2, cpu\.",
+        r"validating on 5 images; epochs 1 to 2, cpu, in (bf16-mixed|32-true)\.",
         first,
     )
     assert second == f"Results go to {folder}. After Ctrl-C, --resume {folder} goes on from the last epoch."

@@ -4,7 +4,6 @@ Both train in one process, a block of steps after the other's, on the same image
 one end of a step to another: data, callbacks, logging and all that Lightning does are in it.
 """
 
-import copy
 import re
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ from dropblock_det.benchmark.measure import WARM_UP, Row, check_memory, rows_of
 from dropblock_det.benchmark.reference_loop import PRINT_EVERY, reference_steps
 from dropblock_det.errors import InputError
 from dropblock_det.files import write_text
+from dropblock_det.tasks.detection.models import build_detector
 from dropblock_det.training.cli import TrainCLI, command_line
 from dropblock_det.training.launch import refusals
 
@@ -162,7 +162,9 @@ class Blocks(Callback):
     Attributes:
         seconds: By training, of each block.
         explained: By part, of each step.
-        validation: Seconds of the whole validation at the end, and of what in it evaluates the predictions.
+        validation: Seconds of the whole validation at the end.
+        evaluation: What of it evaluates the predictions.
+        closing: Seconds after it, of record and checkpoint.
     """
 
     def __init__(
@@ -179,7 +181,7 @@ class Blocks(Callback):
         self.blocks = WARM_UP + rounds
         self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
         self.explained: dict[str, list[float]] = defaultdict(list)
-        self.validation = self.evaluation = 0.0
+        self.validation = self.evaluation = self.closing = 0.0
         self._step = 0
         self._whole = False
         self._begun = 0.0
@@ -242,8 +244,13 @@ class Blocks(Callback):
         self._begun = self.clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops it."""
-        self.validation = self.clock() - self._begun
+        """Stops it, and starts that of the epoch's end."""
+        now = self.clock()
+        self.validation, self._begun = now - self._begun, now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops that."""
+        self.closing = self.clock() - self._begun
 
 
 def device_clock(device: str) -> Callable[[], float]:
@@ -265,14 +272,24 @@ def channels_last(model: torch.nn.Module) -> bool:
 
 def other_trainings(cli: TrainCLI, plan: Plan) -> tuple[str, dict[str, Iterator[str]]]:
     """How ours computes, and the reference loop on the same model: as it stands, and computing like ours."""
-    detector: Any = cli.model.detector
-    bfloat16, last = cli.trainer.precision == "bf16-mixed", channels_last(detector)
+    module: Any = cli.model
+    names = [category["name"] for category in cli.datamodule.categories]
+    bfloat16, last = cli.trainer.precision == "bf16-mixed", channels_last(module.detector)
     how = f"{'bfloat16' if bfloat16 else 'float32'}{' channels_last' if last else ''}"
-    as_it_stands = copy.deepcopy(detector).to(memory_format=torch.contiguous_format)
-    loop, arguments = "torchvision's reference loop", (cli.datamodule, plan.device, cli.model.hparams["lr"])
-    others = {f"{loop}, float32": reference_steps(as_it_stands, *arguments, bfloat16=False)}
+
+    def training(bfloat16: bool, memory_format: torch.memory_format) -> Iterator[str]:
+        sizes = {side: module.hparams[side] for side in ("min_size", "max_size")}
+        model = build_detector(plan.name, names, **sizes)
+        model.load_state_dict(module.detector.state_dict())
+        model.to(memory_format=memory_format)
+        return reference_steps(model, cli.datamodule, plan.device, module.hparams["lr"], bfloat16)
+
+    loop = "torchvision's reference loop"
+    others = {f"{loop}, float32": training(False, torch.contiguous_format)}
     if how != "float32":
-        others[f"{loop}, {how}"] = reference_steps(copy.deepcopy(detector), *arguments, bfloat16=bfloat16)
+        others[f"{loop}, {how}"] = training(
+            bfloat16, torch.channels_last if last else torch.contiguous_format
+        )
     return how, others
 
 
@@ -313,12 +330,13 @@ def training_rows(plan: Plan, how: str, blocks: Blocks, per_epoch: int, size: in
     steps = {name: [s * 1e3 / plan.steps for s in seconds] for name, seconds in blocks.seconds.items()}
     explained = {name: [s * 1e3 for s in seconds] for name, seconds in blocks.explained.items()}
     explained["ours: a step"] = [sum(of_step) for of_step in zip(*explained.values(), strict=True)]
-    validation, trained = blocks.validation * 1e3, per_epoch * statistics.median(steps[OURS])
     epoch = {
-        "ours: an epoch": validation + trained,
-        "ours: validation": validation,
-        "ours: evaluating the predictions": blocks.evaluation * 1e3,
+        "ours: its steps": per_epoch * statistics.median(steps[OURS]),
+        "ours: validation": blocks.validation * 1e3,
+        "ours: record and checkpoint": blocks.closing * 1e3,
     }
+    epoch["ours: an epoch"] = sum(epoch.values())
+    epoch["ours: evaluating the predictions, of the validation"] = blocks.evaluation * 1e3
     return [
         *rows_of("training", setting, *place, OURS, steps),
         *rows_of("training: parts of a step", setting, *place, "ours: a step", explained),

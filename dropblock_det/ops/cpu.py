@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -214,13 +215,7 @@ def draw_mask(
 
 
 @draw_mask.register_fake
-def _(
-    p: Tensor,
-    seed: Tensor,
-    shape: Sequence[int],
-    block_size: Sequence[int],
-    calibration: str,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    p, seed, shape, _, _, channels_last = arguments  # draw_mask's; torch gives them by position
     mask = p.new_empty(shape, dtype=torch.bool).contiguous(memory_format=memory_format(channels_last))
     return mask, torch.empty_like(seed)

@@ -130,9 +130,9 @@ def test_a_small_detector_is_measured(coco, tmp_path, monkeypatch, capsys):
     run(["benchmark", "training", *given, *sizes, "--output", str(path)])
     rows = {(row.what, row.provider): row for row in report.read_rows(path)}
     loop = "torchvision's reference loop"
-    for provider in (OURS, f"{loop}, float32", f"{loop}, bfloat16"):
+    for provider in (OURS, f"{loop}, float32", f"{loop}, bfloat16 channels_last"):
         row = rows["training", provider]
-        assert row.setting == f"{MOBILE}, ours bfloat16"
+        assert row.setting == f"{MOBILE}, ours bfloat16 channels_last"
         assert (row.shape, row.rounds, row.relative_to) == ("2x3x64", 2, OURS)
     parts = [row for (what, _), row in rows.items() if what == "training: parts of a step"]
     whole = next(row for row in parts if row.provider == "ours: a step")
@@ -166,7 +166,7 @@ def test_bad_arguments_are_one_line_before_anything_is_measured(
     monkeypatch.delenv("DROPBLOCK_DET_COCO", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "reference_steps", None)
-    given = ["--device", "cpu", "--precision", "32-true"]
+    given = ["--device", "cpu"]
     words_given = [argument.format(coco=coco) for argument in arguments]
     line = line_of(lambda: run(["benchmark", "training", *given, *words_given]))
     assert all(word in line for word in words), line

@@ -8,13 +8,10 @@ import time
 
 import pytest
 import torch
-from PIL.Image import Transpose
 from torch.utils.data import DataLoader
-from torchvision.datasets import CocoDetection
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from dropblock_det.benchmark.reference_loop import ReferenceImages
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.datasets.coco_dataset import collate
 
@@ -24,24 +21,8 @@ SIDE = 512  # pixels, what the detector resizes to
 
 def reference_loader(root):
     """torchvision's own way, by the default of its detection reference: flip in Pillow, then to tensors."""
-    to_float = v2.ToDtype(torch.float32, scale=True)
-
-    def transforms(image, annotations):
-        width, height = image.size
-        kept = [a for a in annotations if not a["iscrowd"]]
-        boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes[:, 0::2].clamp_(0, width)
-        boxes[:, 1::2].clamp_(0, height)
-        labels = torch.tensor([a["category_id"] for a in kept], dtype=torch.int64)
-        if torch.rand(1) < 0.5:
-            image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
-            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-        return to_float(pil_to_tensor(image)), {"boxes": boxes, "labels": labels}
-
-    annotations = root / "annotations" / "instances_train2017.json"
-    dataset = CocoDetection(root / "train2017", annotations, transforms=transforms)
-    return DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=collate)
+    data = CocoDataModule(str(root))
+    return DataLoader(ReferenceImages(data), batch_size=2, shuffle=True, collate_fn=collate)
 
 
 def seconds(loader, resize=None):

@@ -71,6 +71,7 @@ def test_names_cannot_break_the_page_nor_the_files(tmp_path):
     page = write_breakdown(tmp_path / "out", found, EVIL, EVIL).read_text()
     assert "<script>alert" not in page
     assert page.count("</script>") == 2
+    assert "u0000" not in page
     for path in (tmp_path / "out").iterdir():
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f]", path.read_text()), path.name
     table = rows(tmp_path / "out" / "categories.csv")

@@ -33,7 +33,8 @@ function startExamples() {
     i => { state.shown = i; draw(); });
   const boxes = shown.flatMap(([, images]) => images).flatMap(image => image.marks).filter(mark => mark.bbox);
   const kinds = Object.keys(data.looks).filter(kind => boxes.some(mark => mark.kind === kind));
-  $("keys").replaceChildren(...kinds.map(swatch), ...(kinds.length ? ["Dashed: the truth. "] : []), "Click an image to enlarge it.");
+  $("keys").replaceChildren(...kinds.map(swatch), ...(kinds.length ? ["Dashed: the truth."] : []), " Click an image to enlarge it.");
+  $("cards").classList.toggle("small", !boxes.length);
   draw();
 }
 

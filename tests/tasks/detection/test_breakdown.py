@@ -93,7 +93,9 @@ def matches():
 def test_kinds_of_errors_by_hand(matches):
     errors = errors_from(matches, 0.1, 2)
     kinds = {row[3]: kind for row, kind in BY_HAND if kind in DETECTIONS}
-    found = zip(errors.detections["score"].tolist(), errors.kinds.tolist(), strict=True)
+    scores = errors.detections["score"].tolist()
+    assert scores == [0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.4]  # image by image, the highest first
+    found = zip(scores, errors.kinds.tolist(), strict=True)
     assert {score: list(DETECTIONS)[kind] for score, kind in found} == kinds
     states = [list(OBJECTS)[state] for state in errors.states]
     assert states == ["found", "wrong class or place", "wrong class or place", "missed"]

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from dropblock_det.arguments import Seed, checked_arguments
 from dropblock_det.callbacks import Regularize
 from dropblock_det.commands import parsed, started_as
-from dropblock_det.errors import InputError
+from dropblock_det.errors import InputError, disk_errors
 from dropblock_det.files import read_yaml, write_text
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO, Checkpoints
 from dropblock_det.runs.folder import (
@@ -331,6 +331,7 @@ def train(words: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         cli = command_line(words, stack)
         if not cli.finished:
-            fit(cli.trainer, cli.model, cli.datamodule, cli.resume_from, cli.output)
+            with disk_errors(cli.output):
+                fit(cli.trainer, cli.model, cli.datamodule, cli.resume_from, cli.output)
         if cli.trainer.is_global_zero:
             print_result(cli.output)

@@ -1,8 +1,10 @@
 """By hand, with -m slow: many steps, many kills, a process that dies."""
 
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +12,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from support.tiny_run import arguments, start
+from support.tiny_run import ROOT, arguments, start
+from torchvision.io import encode_png
 
 from dropblock_det.callbacks import Regularize
 from dropblock_det.datasets.scenes import ScenesDataModule
-from dropblock_det.runs.folder import newest_checkpoint
+from dropblock_det.files import write_bytes
+from dropblock_det.runs.folder import check_whole, is_finished, newest_checkpoint
+from dropblock_det.runs.record import read_record
 from dropblock_det.tasks.detection.module import DetectionModule
 
 pytestmark = pytest.mark.slow
@@ -63,6 +69,65 @@ def test_two_thousand_steps_neither_grow_nor_leak(tmp_path):
     print(resources.seen)
     assert late["memory"] < 1.05 * early["memory"]
     assert (late["files"], late["threads"]) == (early["files"], early["threads"])
+
+
+def classifier(root, output):
+    """Arguments for a training of seconds, whose checkpoints take 3.5 MB."""
+    for part, name, number in itertools.product(("train", "test"), ("cat", "dog"), range(6)):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        write_bytes(
+            root / part / name / f"{number}.png",
+            encode_png(torch.from_numpy(pixels).permute(2, 0, 1)).numpy().tobytes(),
+        )
+    config = ROOT / "configs" / "classification" / "cifar10_small_cnn.yaml"
+    return [
+        *(f"--config={config}", f"--data.root={root}", "--data.source=folder", "--data.batch_size=4"),
+        *("--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+        f"--output={output}",
+    ]
+
+
+def ends(process):
+    """The exit status and the last line of stderr; nothing in it is a traceback."""
+    _, messages = process.communicate(timeout=600)
+    assert "Traceback" not in messages
+    return process.returncode, messages.splitlines()[-1] if messages else ""
+
+
+def test_of_two_starts_at_once_one_trains_and_the_other_says_so(tmp_path):
+    args = classifier(tmp_path / "data", tmp_path / "run")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    (ended_well, _), (refused, line) = sorted(map(ends, [start(args, **quiet) for _ in range(2)]))
+    assert (ended_well, refused) == (0, 2)
+    assert re.fullmatch(rf"error: {tmp_path}/run: process \d+ on \S+ is working on it; .*", line)
+    record = read_record(tmp_path / "run")
+    assert record.finished
+    assert [epoch["epoch"] for epoch in record.epochs] == [0, 1, 2]
+    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize("size", ["16k", "64k", "2m", "6m", "9m"])
+def test_a_full_disk_ends_a_training_in_one_line_and_it_goes_on_when_there_is_room(size, tmp_path):
+    """Full while the first files are written, at the first checkpoint or at a later one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        args = classifier(tmp_path / "data", disk / "run")
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        status, line = ends(start(args, **quiet))
+        assert status == 2
+        assert re.fullmatch(rf"error: {disk}/run.*: No space left on device \(make room .*\)", line)
+        assert not list(disk.rglob("*.part"))
+        assert all(check_whole(path) is None for path in disk.rglob("*.ckpt"))
+        assert not is_finished(disk / "run")
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        assert ends(start(args, **quiet))[0] == 0
+        assert [epoch["epoch"] for epoch in read_record(disk / "run").epochs] == [0, 1, 2]
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def ended(pid):

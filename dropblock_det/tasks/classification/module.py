@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_accuracy
-from torchvision.io import write_png
+from torchvision.io import encode_png
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 from dropblock_det.arguments import Share
 from dropblock_det.datasets.classification import Batch, ClassificationDataModule
+from dropblock_det.files import write_bytes
 from dropblock_det.tasks.breakdown import Breakdown
 from dropblock_det.tasks.classification.breakdown import classification_breakdown
 from dropblock_det.tasks.classification.metrics import HEADLINE, METRICS
@@ -124,12 +125,11 @@ class ClassificationModule(TaskModule):
             return ()
         data: ClassificationDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         folder = Path(self.trainer.default_root_dir) / "samples"
-        folder.mkdir(exist_ok=True)
         samples = []
         for prediction, image in zip(predictions[:SAMPLES], data.val_dataset.images, strict=False):
             name = str(prediction["image_id"])
             file = folder / f"{name}.png"
-            write_png(image, str(file))
+            write_bytes(file, encode_png(image).numpy().tobytes())
             truth, seen = (names[int(prediction[key])] for key in ("label", "predicted"))
             marks = (Mark(truth),), (Mark(seen, score=float(prediction["score"])),)
             height, width = image.shape[1:]

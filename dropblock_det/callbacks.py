@@ -139,6 +139,8 @@ class Regularize(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
             self.shares.start()
+            if _is_compiled(pl_module):  # compiled code has no hooks that count
+                torch.compiler.set_stance("force_eager")
 
     def _progress(self, trainer: Trainer) -> float:
         """How much of the training is done, from 0 to 1: in steps, or in time where only that has an end."""
@@ -158,6 +160,8 @@ class Regularize(Callback):
             return
         self.handle.warn_of_idle_sites()
         share = self.shares.stop()
+        if _is_compiled(pl_module):
+            torch.compiler.set_stance("default")
         if share is not None:
             pl_module.log(self._log_name(trainer, "drop_share"), share)
 
@@ -195,9 +199,15 @@ class Regularize(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the stock model back."""
+        if _is_compiled(pl_module):
+            torch.compiler.set_stance("default")  # the fit may have ended in a step that was not compiled
         if self.handle is not None:
             self.handle.remove()
             self.handle = self.shares = None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(part._compiled_call_impl is not None for part in module.modules())
 
 
 def _timer(trainer: Trainer) -> Timer | None:

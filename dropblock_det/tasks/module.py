@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from dropblock_det.arguments import Natural, Rate, Share
@@ -51,6 +51,9 @@ class TaskModule(LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
         on_nonfinite: A step whose loss or gradients are not finite changes no weight. ``stop`` ends the run
             there; ``skip`` goes on and counts it as ``skipped_steps``.
+        compile: Compile the model's layers for the training, which takes minutes at its start. Neither images
+            of another size nor DropBlock's ``p`` compile anything anew; torch's own dropouts do at each new
+            ``p``: give them ``schedule: constant``. Checkpoints are those of an uncompiled model.
     """
 
     task: ClassVar[str]
@@ -67,6 +70,7 @@ class TaskModule(LightningModule):
         lr_milestones: list[Share] = [0.8, 0.93],  # noqa: B006 (never changed; shown in --help)
         warmup_steps: Natural = 500,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="_load_weights")  # the subclass's too
@@ -98,6 +102,16 @@ class TaskModule(LightningModule):
             predictions: As :meth:`losses_and_predictions` gives them.
             score: Where only predictions from some score on are counted: that score, or None.
         """
+
+    @abstractmethod
+    def parts_to_compile(self) -> list[nn.Module]:
+        """Returns the parts of the model that ``compile`` compiles, each by itself."""
+
+    def setup(self, stage: str) -> None:
+        """Compiles: after the callbacks' own setup, in which a regularizer comes into the model."""
+        if stage == "fit" and self.hparams["compile"]:
+            for part in self.parts_to_compile():
+                part.compile(dynamic=True)
 
     def image_ids(self, batch: Any) -> list[int]:
         """Returns the ids of a batch's images."""

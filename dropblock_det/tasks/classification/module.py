@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchvision.io import encode_png
@@ -61,6 +61,10 @@ class ClassificationModule(TaskModule):
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.classifier.to(memory_format=self.format)
         self.channels = image_shape[0] if name == SMALL_CNN else 3
+
+    def parts_to_compile(self) -> list[nn.Module]:
+        """All of the model."""
+        return [self.classifier]
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits.

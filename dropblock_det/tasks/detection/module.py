@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dropblock_det.arguments import Count, Natural, Share, Side
 from dropblock_det.datasets.coco import CocoDataModule
@@ -96,6 +96,13 @@ class DetectionModule(TaskModule):
         boxes_in_float32(self.detector)
         if channels_last:
             self.detector.to(memory_format=torch.channels_last)
+
+    def parts_to_compile(self) -> list[nn.Module]:
+        """The backbone and the heads; matching boxes and choosing among them depends on the values."""
+        parts = dict(self.detector.named_modules())
+        return [
+            parts[name] for name in ("backbone", "head", "rpn.head", "roi_heads.box_head") if name in parts
+        ]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The detector's own."""

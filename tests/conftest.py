@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.local_coco import one_image, right, server, site  # noqa: F401 (fixtures)
 from support.tiny_run import arguments, start
 
 from dropblock_det.errors import run_tool
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores, as those that they start do
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Jobs in the background of a shell ignore Ctrl-C, and so would all processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -221,12 +221,17 @@ def test_without_the_best_checkpoint_it_is_not_named(run, scenes, tmp_path, monk
 
 DIES_WHILE_WRITING = """
 import io, os, signal, sys, torch
-from dropblock_det.shipped import FIRST
+from dropblock_det.runs.checkpoints import AtomicCheckpointIO
 from dropblock_det.training import cli
-whole = torch.save
+whole, save_checkpoint = torch.save, AtomicCheckpointIO.save_checkpoint
+
+def noting_the_path(self, checkpoint, path, **options):
+    global name
+    name = str(path)
+    save_checkpoint(self, checkpoint, path, **options)
 
 def save(checkpoint, file):
-    if checkpoint["epoch"] == 1 and "last" in file.name:
+    if checkpoint["epoch"] == 1 and "last" in name:
         content = io.BytesIO()
         whole(checkpoint, content)
         file.write(content.getvalue()[: len(content.getvalue()) // 2])
@@ -234,7 +239,7 @@ def save(checkpoint, file):
         os.kill(os.getpid(), signal.SIGKILL)
     whole(checkpoint, file)
 
-torch.save = save
+torch.save, AtomicCheckpointIO.save_checkpoint = save, noting_the_path
 cli.train(sys.argv[1:])
 """
 

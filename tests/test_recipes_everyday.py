@@ -1,4 +1,4 @@
-"""The README's recipes as they stand there: a notebook, early stopping, other formats, ONNX."""
+"""The recipes as they stand in the rooms' READMEs: a notebook, early stopping, other formats, ONNX."""
 
 import json
 import re
@@ -13,7 +13,8 @@ from support.tiny_run import arguments, train
 from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.training.predict import load_model
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOMS = Path(__file__).parents[1] / "dropblock_det"
+README = "".join((ROOMS / room / "README.md").read_text(encoding="utf-8") for room in ("training", "inject"))
 BOX = (8, 6, 28, 22)  # x1, y1, x2, y2
 
 

@@ -1,4 +1,4 @@
-"""The README's recipe for an exponential moving average of the weights, which is Lightning's own."""
+"""The recipe for an exponential moving average of the weights, which is Lightning's own."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from support.tiny_run import ROOT, arguments, train
 
 from dropblock_det.training.evaluate import evaluate
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "dropblock_det" / "training" / "README.md").read_text(encoding="utf-8")
 
 
 def test_averaged_weights_are_validated_saved_resumed_and_evaluated(scenes, tmp_path, monkeypatch):

@@ -22,8 +22,14 @@ def boxes_in_float32(detector: nn.Module) -> None:
         parts[name].register_forward_pre_hook(_shapes_in_float32)
 
 
-def _outputs_in_float32(head: Any, inputs: Any, outputs: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.float, outputs)
+def _outputs_in_float32(head: nn.Module, inputs: Any, outputs: Any) -> Any:
+    if not head.training:
+        return tree_map_only(Tensor, Tensor.float, outputs)
+    # There the classes, which are most of it, make no boxes, and a step with them in float32 takes longer.
+    if isinstance(outputs, dict):
+        return {name: value.float() if name.startswith("bbox") else value for name, value in outputs.items()}
+    classes, boxes = outputs
+    return classes, tree_map_only(Tensor, Tensor.float, boxes)
 
 
 def _shapes_in_float32(generator: Any, inputs: tuple[Any, list[Tensor]]) -> tuple[Any, list[Tensor]]:

@@ -58,7 +58,7 @@ def test_a_signature_is_a_command_line():
     [
         ([], "folder"),
         ([""], "folder: got ''; give a file's or folder's name"),
-        (["a\0b"], "folder: got 'a\\x00b'; give a file's or folder's name"),
+        (["a\0b"], "folder: got 'a\\x00b'; no name holds a NUL byte"),
         (["x", "--seeds", "-1"], "seeds: got [-1]; Expected `int` >= 0"),
         (["x", "--seeds", "5000000000"], "seeds: got [5000000000]; Expected `int` <= 4294967295"),
         (["x", "--seeds", "x"], "seeds"),

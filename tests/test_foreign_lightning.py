@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -108,6 +109,7 @@ def train_twice(folder):
     fit(folder / "resumed", folder / "straight" / "epoch=0.ckpt")
 
 
+@pytest.mark.slow
 def test_a_foreign_detector_under_ddp_with_sync_batchnorm_and_resumed(tmp_path):
     # In a process of its own: where autograd's threads have started nothing can fork any more.
     done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True)

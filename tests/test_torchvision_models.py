@@ -57,6 +57,7 @@ print(__name__, sum("Regularized" in type(module).__name__ for module in model.m
 """
 
 
+@pytest.mark.slow
 def test_a_script_trains_with_it_by_name_alone(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     (tmp_path / "neighbour.py").write_text("NUM_CLASSES = 5\n")

@@ -219,6 +219,7 @@ def examine(name, onnx_nodes=sys.maxsize):
     return {"sites": len(sites), "at": at, "neutral": neutral, "onnx": onnx, "trains": trains}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_PER_FAMILY)
 def test_one_builder_per_family_is_neutral_and_trains(name):
     seen = examine(name, onnx_nodes=400)  # larger ones take long

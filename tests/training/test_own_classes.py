@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse._common import parsing_settings
 from lightning.pytorch.loggers import MLFlowLogger
 from support.tiny_run import arguments, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -143,7 +144,12 @@ def test_only_a_module_can_be_allowed(words, message, theirs, line_of):
         assert message in line_of(lambda: allow(words, stack))
 
 
-def test_a_package_covers_its_modules_and_a_module_no_others(theirs):
+def test_a_package_covers_its_modules_and_a_module_no_others(theirs, monkeypatch):
+    # jsonargparse keeps what tests before were allowed and then denied, and the more exact entry decides.
+    verdicts = {
+        path: known for path, known in parsing_settings["import_path_verdicts"].items() if path != theirs
+    }
+    monkeypatch.setitem(parsing_settings, "import_path_verdicts", verdicts)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(torch.nn.Module, "layer")
     words = ["--layer=my_project.parts.Noise"]

@@ -41,6 +41,7 @@ def results_in(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_the_evaluation(best, scenes, tmp_path):
     evaluate(best, results=tmp_path / "evaluated.json", accelerator="cpu")
     annotations = next(scenes.glob("*/annotations/val.json"))

@@ -21,6 +21,7 @@ def shares(output):
     return [{name.split(".")[-3]: float(row[name]) for name in names} for row in rows if row[names[0]]]
 
 
+@pytest.mark.slow
 def test_factors_a_schedule_and_a_class_of_ones_own(scenes, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(
         "regularize:\n"
@@ -32,7 +33,8 @@ def test_factors_a_schedule_and_a_class_of_ones_own(scenes, tmp_path, monkeypatc
     output = tmp_path / "run"
     configs = [f"--config={path}" for path in (ROOT / "configs/quickstart.yaml", tmp_path / "mine.yaml")]
     retinanet = ["--model.name=retinanet_resnet50_fpn", "--model.min_size=64", "--model.max_size=64"]
-    train([*configs, *arguments(scenes, output), *retinanet], monkeypatch)
+    # float32: torch's bfloat16 gradients of a convolution on maps of one pixel are not finite, now and then.
+    train([*configs, *arguments(scenes, output), *retinanet, "--trainer.precision=32-true"], monkeypatch)
     resolved = yaml.safe_load((output / "config.yaml").read_text())["regularize"]
     assert resolved["at"] == {"stage3": 0.25, "stage4": 1.0}
     assert resolved["regularizer"]["class_path"] == "torch.nn.Dropout"

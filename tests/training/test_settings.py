@@ -32,17 +32,6 @@ FILES = {
     "another model": ({"model": {"class_path": "torch.nn.Linear"}}, "model"),
     "an optimizer's class": ({"optimizer": {"class_path": "torch.optim.SGD"}}, "optimizer"),
     "another place for logs": ({"trainer": {"default_root_dir": "/tmp"}}, "default_root_dir: leave it out"),
-    "a logger of Lightning's": (
-        {
-            "trainer": {
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "/"},
-                }
-            }
-        },
-        "logger: leave it out",
-    ),
     "an unknown strategy": ({"trainer": {"strategy": "fast"}}, "invalid strategy name"),
     "devices in letters": ({"trainer": {"devices": "x"}}, "devices"),
     "no epochs": ({"trainer": {"max_epochs": 0}}, "max_epochs: got 0"),
@@ -112,7 +101,7 @@ VALUES = {
     "--trainer.limit_train_batches=0": "ended at step 0, before the first validation",
     "--trainer.max_steps=1": "ended at step 1, before the first validation",
     "--data.train_size=5": "last batch is too small for batch norm",
-    EARLY: "trainer: Early stopping conditioned on metric `nonsense` which is not available",
+    EARLY: "trainer.callbacks: EarlyStopping monitors nonsense, which no one logs; give one of loss",
 }
 
 

@@ -61,6 +61,7 @@ def test_by_default_it_is_calm_and_says_what_it_does(scenes, tmp_path, monkeypat
     assert re.search(r"  \d+ s$", shown[1])
 
 
+@pytest.mark.slow
 def test_verbose_shows_all_and_is_no_setting(scenes, tmp_path, monkeypatch, capsys, caplog):
     folder = tmp_path / "run"
     args = without(arguments(scenes, folder), "--trainer.enable_model_summary")

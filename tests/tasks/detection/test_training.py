@@ -172,6 +172,7 @@ Path(f"{results}.{os.environ.get('LOCAL_RANK', 0)}").write_text(json.dumps(figur
 """
 
 
+@pytest.mark.slow
 def test_the_figures_do_not_depend_on_the_number_of_processes(run, tmp_path):
     """Five images in batches of 2, 2 and 1, which one, two and three processes share out.
 

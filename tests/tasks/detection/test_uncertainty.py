@@ -133,6 +133,7 @@ def test_with_p_0_all_samples_are_the_deterministic_pass():
         torch.testing.assert_close(merged["scores"], one["scores"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "runs"),
     [

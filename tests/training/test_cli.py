@@ -20,7 +20,7 @@ from torchvision.models.detection.ssd import SSD
 from dropblock_det.commands import command
 from dropblock_det.errors import InputError
 from dropblock_det.files import write_bytes
-from dropblock_det.runs.checkpoints import AtomicCheckpointIO
+from dropblock_det.runs.checkpoints import AtomicCheckpointIO, load_checkpoint
 from dropblock_det.runs.folder import newest_checkpoint
 from dropblock_det.shipped import FIRST
 from dropblock_det.training import cli
@@ -221,7 +221,7 @@ def test_without_the_best_checkpoint_it_is_not_named(run, scenes, tmp_path, monk
 
 DIES_WHILE_WRITING = """
 import io, os, signal, sys, torch
-from dropblock_det.runs.checkpoints import AtomicCheckpointIO
+from dropblock_det.runs.checkpoints import AtomicCheckpointIO, load_checkpoint
 from dropblock_det.training import cli
 whole, save_checkpoint = torch.save, AtomicCheckpointIO.save_checkpoint
 
@@ -318,8 +318,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
         ("x.json", {"devices": 0}, "trainer: `Trainer(devices=0)` value is not"),
     ],
 )
-def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run, scenes, tmp_path, line_of):
-    best, annotations = run / "checkpoints" / "best.ckpt", next(scenes.glob("**/val.json"))
+def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run, tmp_path, line_of):
+    best = run / "checkpoints" / "best.ckpt"
+    data = load_checkpoint(best)["validation_data"]
+    annotations = Path(data["root"]) / data["val_annotations"]
     (tmp_path / "link").symlink_to(tmp_path / "target")
     path = {"the checkpoint": best, "the annotations": annotations}.get(results, tmp_path / results)
     before = best.stat(), annotations.stat()

@@ -29,7 +29,6 @@ from dropblock_det.inject.backbones import (
     within,
 )
 from dropblock_det.inject.blocks import (
-    CHANNELS_LAST,
     HEADS,
     PYRAMIDS,
     TWIN_BACKBONES,
@@ -37,7 +36,6 @@ from dropblock_det.inject.blocks import (
     is_norm_or_activation,
     is_pooling,
     look_up,
-    stock_class,
 )
 
 Where = str | Callable[[str, nn.Module], bool]
@@ -279,26 +277,6 @@ def _example(model: nn.Module, place: str) -> str:
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
     fitting = [module for other, module in modules.items() if _fits(pattern, other)]
     return pattern if all(isinstance(module, nn.Conv2d) for module in fitting) else name
-
-
-def is_channels_last(modules: dict[str, nn.Module | None], site: str) -> bool:
-    """Whether a site's output is known to have its channels in the last dimension.
-
-    Args:
-        modules: All of :func:`~dropblock_det.inject.backbones.walk`.
-        site: A name in it.
-    """
-    module = modules[site]
-    if isinstance(module, nn.LayerNorm):  # torchvision's LayerNorm2d has a forward of its own
-        return len(module.normalized_shape) == 1 and stock_class(module).forward is nn.LayerNorm.forward
-    if isinstance(module, nn.Linear):
-        return True
-    for holder in ("", *parents(site), site):
-        block = modules[holder]
-        inside = look_up(CHANNELS_LAST, block) if block is not None else None
-        if inside and re.fullmatch(inside, site[len(holder) :].removeprefix(".")):
-            return True
-    return False
 
 
 def _matches(model: nn.Module, names: dict[str, nn.Module | None], where: Where) -> list[str]:

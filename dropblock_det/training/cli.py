@@ -29,6 +29,7 @@ from dropblock_det.runs.folder import (
 from dropblock_det.runs.recorder import RunRecord
 from dropblock_det.shipped import FIRST, config_file
 from dropblock_det.training.allowed import OPTION, PACKAGES, allow
+from dropblock_det.training.heartbeat import Heartbeat
 from dropblock_det.training.launch import (
     Sound,
     check_launcher,
@@ -39,7 +40,6 @@ from dropblock_det.training.launch import (
     sole_use,
 )
 from dropblock_det.training.loggers import Pictures, loggers
-from dropblock_det.training.peers import Peers
 from dropblock_det.training.precision import AutoTrainer, resolve_precision
 from dropblock_det.training.tasks import Task, task_classes
 from dropblock_det.training.terminal import Bar, Story, calm, print_result, shows_a_bar
@@ -147,7 +147,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, the record and a progress bar."""
         recorder = RunRecord(self.output)
-        callbacks: list[Callback] = [Sound(), Peers(self.output), recorder]
+        callbacks: list[Callback] = [Sound(), Heartbeat(self.output), recorder]
         callbacks += [Pictures(self.output), Checkpoints(recorder)]
         asked = self.config["trainer"]
         bar, summary = shows_a_bar(asked["enable_progress_bar"]), asked["enable_model_summary"]

@@ -19,9 +19,9 @@ from dropblock_det.coco_subset.collect import Report, Wanted, collect
 from dropblock_det.coco_subset.download import Downloader, Network
 from dropblock_det.coco_subset.extract import Image, extract, read_images
 from dropblock_det.coco_subset.json_stream import Readable
-from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest, sha256_of
+from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest
 from dropblock_det.errors import InputError, disk_errors
-from dropblock_det.files import write_bytes
+from dropblock_det.files import sha256_of, write_bytes
 from dropblock_det.locks import locked
 
 MANIFEST = "manifest.json"
@@ -117,17 +117,16 @@ def verify(out: Path, manifest: Manifest) -> list[str]:
         One line for each file that is missing, altered or too many; empty when it is the very same subset.
     """
     problems = []
-    with disk_errors(out):
-        for split, part in manifest.splits.items():
-            folder = out / f"{split}2017"
-            expected = {out / annotations_file(split): part.json_sha256}
-            expected |= {folder / image.file_name: image.sha256 for image in part.images}
-            for path, sha256 in expected.items():
-                if not path.is_file():
-                    problems.append(f"{path.relative_to(out)}: missing")
-                elif sha256_of(path) != sha256:
-                    problems.append(f"{path.relative_to(out)}: altered")
-            problems += [f"{name}: not in the manifest" for name in _strangers(out, split, part.images)]
+    for split, part in manifest.splits.items():
+        folder = out / f"{split}2017"
+        expected = {out / annotations_file(split): part.json_sha256}
+        expected |= {folder / image.file_name: image.sha256 for image in part.images}
+        for path, sha256 in expected.items():
+            if not path.is_file():
+                problems.append(f"{path.relative_to(out)}: missing")
+            elif sha256_of(path) != sha256:
+                problems.append(f"{path.relative_to(out)}: altered")
+        problems += [f"{name}: not in the manifest" for name in _strangers(out, split, part.images)]
     return problems
 
 

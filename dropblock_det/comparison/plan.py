@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from dropblock_det.arguments import Seed
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, read_yaml, write_json
 from dropblock_det.locks import take_lock
@@ -37,7 +38,6 @@ OWN = (
 SUBSET = "--data.train_subset_seed"
 
 Setting = Annotated[str, Meta(pattern=NAME)]
-Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)

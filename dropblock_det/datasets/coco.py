@@ -5,14 +5,13 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from msgspec import Meta
 from torch.utils.data import DataLoader
 
-from dropblock_det.arguments import Count, Natural, Seed, checked_arguments
+from dropblock_det.arguments import Count, Natural, Seed, Workers, checked_arguments
 from dropblock_det.commands import started_as
 from dropblock_det.datasets.augment import Augmentation
 from dropblock_det.datasets.coco_dataset import FLIP, CocoDataset, Item, collate
@@ -21,8 +20,6 @@ from dropblock_det.errors import InputError
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-
-Workers = Annotated[int, Meta(ge=0, le=1024)]
 
 
 class CocoDataModule(LightningDataModule):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Real
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -216,9 +215,7 @@ class RegularizerHandle:
     def __enter__(self) -> "RegularizerHandle":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from dropblock_det.report.html import data_uri, render
 from dropblock_det.report.resampling import other_images
 from dropblock_det.report.results import SettingResult
 from dropblock_det.report.tables import Report, build_report, to_csv, to_markdown
-from dropblock_det.report.words import in_seeds, interval, number, verdict
+from dropblock_det.report.words import in_seeds, interval, verdict
 from dropblock_det.runs.outcomes import read_outcomes
 from dropblock_det.tasks.evaluation import Outcomes
 
@@ -114,7 +114,7 @@ def _cells(report: Report, result: SettingResult) -> list[dict[str, str]]:
         cells.append(
             {
                 "value": "" if cell.mean is None else repr(cell.mean),
-                "shown": number(metric, cell.mean, cell.sd if metric.compared else None),
+                "shown": metric.format(cell.mean, cell.sd if metric.compared else None),
                 "interval": interval(metric, cell.difference) if cell.difference else "",
                 "verdict": words,
                 "kind": "better" if ": better" in words else "worse" if ": worse" in words else "",

@@ -16,7 +16,6 @@ from dropblock_det.report.words import (
     in_seeds,
     interval,
     markdown,
-    number,
     on_other_images,
     pairing,
     power,
@@ -149,7 +148,7 @@ def to_markdown(report: Report) -> str:
                 result.setting,
                 str(len(result.finished)),
                 *(
-                    number(m, (cell := result.cells[m.name]).mean, cell.sd if m.compared else None)
+                    m.format((cell := result.cells[m.name]).mean, cell.sd if m.compared else None)
                     for m in metrics
                 ),
             ]

@@ -21,7 +21,7 @@ from dropblock_det.errors import InputError
 WARM_UP = 2  # rounds before those that count
 HEAD_START = 4_000_000  # cycles of a GPU, about 2 ms, in which the host launches what is timed
 
-Figure = Annotated[float, Meta(ge=0, le=1e12)]
+Amount = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Row:
     shape: Annotated[str, Meta(pattern=r"^[1-9]\d{0,9}(x[1-9]\d{0,9})*$")]
     provider: str
     rounds: int
-    median_ms: Figure
-    q10_ms: Figure
-    q90_ms: Figure
-    mean_ms: Figure | None
+    median_ms: Amount
+    q10_ms: Amount
+    q90_ms: Amount
+    mean_ms: Amount | None
     relative_to: str
     relative: Annotated[float, Meta(gt=0, le=1e12)]  # median of the ratios within a round
-    relative_q10: Figure
-    relative_q90: Figure
-    relative_mean: Figure | None  # ratio of the means
-    peak_memory_mib: Figure | None
+    relative_q10: Amount
+    relative_q90: Amount
+    relative_mean: Amount | None  # ratio of the means
+    peak_memory_mib: Amount | None
     hardware: str
     versions: str
     measured: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()))

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
-from dropblock_det.benchmark.measure import WARM_UP, Row, check_memory, rows_of
+from dropblock_det.benchmark.measure import WARM_UP, Case, Row, check_memory, rows_of
 from dropblock_det.benchmark.reference_loop import PRINT_EVERY, reference_steps
 from dropblock_det.errors import InputError
 from dropblock_det.files import write_text
@@ -207,7 +207,7 @@ class Blocks(Callback):
         return timed
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What an epoch's end and start take is no step's."""
+        """Leaves out the block that an epoch's end and start belong to."""
         self._whole = False
 
     def on_train_batch_end(
@@ -244,12 +244,12 @@ class Blocks(Callback):
         self._begun = self.clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops it, and starts that of the epoch's end."""
+        """Stops the validation's clock, and starts that of the epoch's end."""
         now = self.clock()
         self.validation, self._begun = now - self._begun, now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops that."""
+        """Stops the clock of the epoch's end."""
         self.closing = self.clock() - self._begun
 
 
@@ -326,7 +326,7 @@ def measure_training(case: TrainingCase, on_round: Callable[[], None]) -> list[R
 
 def training_rows(case: TrainingCase, how: str, blocks: Blocks, per_epoch: int, size: int) -> list[Row]:
     """The rows of what was measured, in milliseconds of a step or an epoch."""
-    setting, place = f"{case.name}, ours {how}", ((case.batch, 3, size), case.device)
+    ours = Case("training", f"{case.name}, ours {how}", (case.batch, 3, size), case.device, OURS)
     steps = {name: [s * 1e3 / case.steps for s in seconds] for name, seconds in blocks.seconds.items()}
     explained = {name: [s * 1e3 for s in seconds] for name, seconds in blocks.explained.items()}
     explained["ours: a step"] = [sum(of_step) for of_step in zip(*explained.values(), strict=True)]
@@ -338,10 +338,10 @@ def training_rows(case: TrainingCase, how: str, blocks: Blocks, per_epoch: int, 
     epoch["ours: an epoch"] = sum(epoch.values())
     epoch["ours: evaluating the predictions, of the validation"] = blocks.evaluation * 1e3
     return [
-        *rows_of("training", setting, *place, OURS, steps),
-        *rows_of("training: parts of a step", setting, *place, "ours: a step", explained),
+        *rows_of(ours, steps),
+        *rows_of(replace(ours, what="training: parts of a step", baseline="ours: a step"), explained),
         *rows_of(
-            "training: parts of an epoch", setting, *place, "ours: an epoch",
+            replace(ours, what="training: parts of an epoch", baseline="ours: an epoch"),
             {name: [value, value] for name, value in epoch.items()},
         ),
-    ]  # fmt: skip
+    ]

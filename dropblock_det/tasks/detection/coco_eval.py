@@ -184,8 +184,3 @@ def outcomes_of(evaluation: COCOeval) -> Outcomes:
         hit=joined(hit, no_rows),
         ignored=joined(ignored, no_rows),
     )
-
-
-def coco_metrics(coco: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> dict[str, float]:
-    """Returns :func:`metrics_of` a :func:`coco_evaluation`."""
-    return metrics_of(coco_evaluation(coco, results, image_ids))

@@ -67,9 +67,7 @@ def shape_mask(name: str, side: int, direction: tuple[int, int]) -> np.ndarray:
         return disk & (4 * distance >= side * side)
     if name == "square":
         return 2 * np.maximum(u, np.abs(v)) ** 2 <= reach * reach
-    if (
-        name == "triangle"
-    ):  # equilateral: tip at v = -reach, base at v = reach / 2; 4/7 is near tan(30 degrees)
+    if name == "triangle":  # equilateral: tip at v = -reach, base at reach / 2; 4/7 is near tan(30 degrees)
         return (2 * v <= reach) & (7 * u <= 4 * (v + reach))
     if name == "cross":
         return disk & (4 * np.minimum(u, np.abs(v)) <= reach)

@@ -35,7 +35,7 @@ def write_report(root: Path, output: Path, last: int = 1) -> Report:
         InputError: ``root`` is not a comparison's folder, or a record is damaged.
     """
     comparison = gather(root)
-    # What the runs left is of their very last epoch.
+    # Outcomes are of the very last epoch.
     images = other_images(_outcomes(comparison)) if last == 1 else None
     report = build_report(comparison, last, images)
     write_text(output / "report.html", render_page(comparison, report))
@@ -48,7 +48,7 @@ def write_report(root: Path, output: Path, last: int = 1) -> Report:
 
 
 def _outcomes(comparison: Comparison) -> dict[str, dict[int, Outcomes]]:
-    """Of the runs that left theirs, by setting and seed."""
+    """The runs' outcomes, where they wrote them, by setting and seed."""
     found: dict[str, dict[int, Outcomes]] = {}
     for record in comparison.records:
         folder = run_folder(comparison.root, record.setting, record.seed)

@@ -21,7 +21,7 @@ from dropblock_det.runs.folder import best_checkpoint
 from dropblock_det.runs.record import read_record
 from dropblock_det.runs.recorder import RunRecord
 
-# What Lightning says of itself and of other products. None of it is about the user's data or settings.
+# Lightning's messages about itself and other products. None is about the user's data or settings.
 NOISE = (
     "💡 Tip",
     "`weights_only` was not set",
@@ -97,7 +97,7 @@ class Story(Callback):
         self._estimated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Says what is trained, on what, and where the results go."""
+        """Prints what is trained, on what, and where the results go."""
         if not trainer.is_global_zero:
             return
         name = pl_module.hparams.get("name", type(pl_module).__name__)
@@ -119,7 +119,7 @@ class Story(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Says once how long the training will take."""
+        """Prints once how long the training will take."""
         now = time.perf_counter()
         self._steps += 1
         if self._steps == 0:
@@ -135,7 +135,7 @@ class Story(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Prints the epoch's line, and sets aside the time of the validation."""
-        self._estimated = True  # from here on the epochs say it
+        self._estimated = True  # from here on the epochs' lines show it
         if not (self.lines and trainer.is_global_zero):
             return
         epoch = self.recorder.epochs[-1]

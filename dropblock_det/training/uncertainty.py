@@ -21,7 +21,7 @@ from dropblock_det.tasks.detection.uncertainty import mc_detections
 
 
 def regularize_as_trained(module: LightningModule, content: dict[str, Any], checkpoint: Path) -> None:
-    """Puts the regularizers of the training into a module, as the checkpoint says.
+    """Puts the regularizers of the training into a module, as the checkpoint has them.
 
     Raises:
         InputError: There was none, it was a class of one's own, or it does not fit the module.

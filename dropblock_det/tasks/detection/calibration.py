@@ -70,7 +70,7 @@ def auroc(uncertainty: Any, right: Any) -> float:
         right: (n,) bool.
 
     Returns:
-        From 0 to 1, the area under the ROC curve; 0.5 tells nothing. NaN where all are right or all wrong.
+        From 0 to 1, the area under the ROC curve; 0.5 is chance. NaN where all are right or all wrong.
     """
     right = np.asarray(right, bool)
     wrong, others = int((~right).sum()), int(right.sum())

@@ -63,17 +63,10 @@ class CocoDataModule(LightningDataModule):
         cache_mb: Natural = 0,
     ) -> None:
         super().__init__()
-        numbers = {
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "train_subset": train_subset,
-            "val_subset": val_subset,
-            "subset_seed": subset_seed,
-            "train_subset_seed": train_subset_seed,
-            "seed": seed,
-            "cache_mb": cache_mb,
-        }
-        checked_arguments(CocoDataModule, numbers, "data.")
+        given: dict[str, Any] = {"train_subset": train_subset, "val_subset": val_subset}
+        given |= {"subset_seed": subset_seed, "train_subset_seed": train_subset_seed, "seed": seed}
+        given |= {"batch_size": batch_size, "num_workers": num_workers, "cache_mb": cache_mb}
+        checked_arguments(CocoDataModule, given, "data.")
         self.root = Path(root)
         self.train_images, self.train_annotations = self.root / train_images, self.root / train_annotations
         self.val_images, self.val_annotations = self.root / val_images, self.root / val_annotations

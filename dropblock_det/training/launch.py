@@ -23,13 +23,8 @@ from dropblock_det.runs.folder import TRAINING_LOCK
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.allowed import PACKAGES
 
-RANKS = (
-    "RANK",
-    "LOCAL_RANK",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "SLURM_PROCID",
-)  # all 0 or absent in the first process
+# All 0 or absent in the first process.
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 # What every training logs beside its task's metrics: names, as a regular expression.
 LOGGED = r"(val_)?loss(_.+)?|(p|drop_share)(/.+)?|lr|data_wait_s|loss_scale|skipped_steps"
 # What torch refuses in the middle of a step, and which settings change that.

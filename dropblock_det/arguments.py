@@ -14,6 +14,7 @@ Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Natural = Annotated[int, Meta(ge=0, lt=2**31)]
 Side = Annotated[int, Meta(ge=1, le=2**16)]  # of an image or of what is seen on it, in pixels
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy's and Lightning's generators take
+Workers = Annotated[int, Meta(ge=0, le=1024)]  # processes that load images
 Share = Annotated[float, Meta(ge=0, le=1)]
 Rate = Annotated[float, Meta(ge=0, le=1e6)]
 

@@ -74,7 +74,7 @@ class Regularize(Callback):
             "per_channel": per_channel,
             "calibration": calibration,
         }
-        made = self.make()  # a bad argument is said now, not after the data is loaded
+        made = self.make()  # a bad argument is refused now, not after the data is loaded
         self.name = regularizer if isinstance(regularizer, str) else type(made).__name__
         self.p: float | None = p if isinstance(regularizer, str) else getattr(made, "p", None)
         if self.p is None and schedule != "constant":
@@ -105,10 +105,10 @@ class Regularize(Callback):
         self.shares = SiteShares(self.handle)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks how long the training is.
+        """Finds out how long the training is.
 
         Raises:
-            InputError: Nobody knows, and the schedule needs it.
+            InputError: It is not known, and the schedule needs it.
         """
         if self.handle is None or self.schedule == "constant":
             return

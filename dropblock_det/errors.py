@@ -35,10 +35,10 @@ def refusal(error: OSError) -> str:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """What the disk refuses while something is written to ``folder`` is the user's to solve: one line."""
+    """Raises what the disk refuses while ``folder`` is written to as an :class:`InputError` with its name."""
     try:
         yield
-    except BrokenPipeError:  # no disk: whoever reads our output has left
+    except BrokenPipeError:  # not the disk: the reader of our output has left
         raise
     except OSError as error:
         error.filename = error.filename or str(folder)

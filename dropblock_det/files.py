@@ -10,6 +10,7 @@ import re
 import socket
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,7 @@ import yaml
 from dropblock_det.errors import InputError
 
 MAX_BYTES = 4 * 2**30  # COCO's own training annotations have 0.5 GB
-DPI = 120  # of figures
+DPI = 120  # of pictures
 MAX_YAML_BYTES = 2**20
 MAX_YAML_VALUES = 100_000  # a few lines of YAML whose aliases hold aliases stand for billions
 
@@ -75,7 +76,7 @@ def read_json(path: Path, kind: Any = Any, limit: int = MAX_BYTES) -> Any:
 
 
 def _near(content: bytes, error: Exception) -> str:
-    """What stands before the byte that a message names: it says which record has, for example, a NaN."""
+    """What stands before the byte that a message names, so that a reader finds the record with the fault."""
     found = re.search(r"\(byte (\d+)\)", str(error))
     if not found:
         return ""
@@ -139,6 +140,12 @@ def check_replaceable(path: Path, *read: Path) -> None:
         raise InputError(f"{path}: not a regular file, so it is not replaced; give another name")
     if path.exists() and any(other.exists() and path.samefile(other) for other in read):
         raise InputError(f"{path}: is read by the same command, so it is not replaced; give another name")
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -256,5 +263,7 @@ def write_figure(path: Path, figure: Any) -> None:
         if "$" in text.get_text():  # a name from somewhere, and no formula; ticks get theirs when drawn
             text.set_parse_math(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())

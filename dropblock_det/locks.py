@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import is_gone, process_name, read_bytes
@@ -54,13 +53,11 @@ class Lock:
     def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _beat(self) -> None:
-        """Says that the holder lives; ends it, as a scheduler would, where others thought that it did not."""
+        """Shows that the holder lives; ends it, as a scheduler would, once another process has the lock."""
         while not self._released.wait(BEAT_S):
             try:
                 os.utime(self.file)
@@ -105,8 +102,10 @@ def _try_to_take(path: Path) -> Lock | None:
             return None
     except FileExistsError:
         return None
-    except BaseException:
+    except BaseException as error:
         own.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(own)  # a full disk's error names no file
         raise
     for other in others:
         other.unlink(missing_ok=True)
@@ -163,7 +162,7 @@ def _is_held(file: Path) -> bool:
     """Whether one of its processes may live; also while its creator has not yet written who it is."""
     processes = _content(file)[1:] or [""]
     try:
-        # Ages are told by the file system's clock, for those of two machines differ.
+        # By the file system's clock: those of two machines differ.
         with tempfile.TemporaryFile(dir=file.parent) as probe:
             silent_s = os.fstat(probe.fileno()).st_mtime - file.stat().st_mtime
     except FileNotFoundError:

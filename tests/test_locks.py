@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import signal
@@ -66,6 +67,17 @@ def test_locked_leaves_nothing_and_says_who_is_at_work(tmp_path):
         ):
             pass
         assert list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_by_the_lock_s_file_and_leaves_none(tmp_path, monkeypatch):
+    def full(pid):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write: without a name
+
+    monkeypatch.setattr(locks, "process_name", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        take_lock(tmp_path / "lock")
+    assert caught.value.filename == str(tmp_path / "lock.1")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,12 +25,12 @@ def ours(path: str, x: Tensor, p: float | Tensor, block_size: int, per_channel: 
 
 
 def mmdetection(x: Tensor, p: float, block_size: int) -> Tensor:
-    """The formulation of mmdetection's layer: seeds drawn inside, widened by max-pooling, float mask kept."""
+    """Mmdetection's formulation: corners drawn inside, widened by max-pooling, a float mask kept."""
     n, c, h, w = x.shape
     gamma = reference.corner_probability(p, block_size, h, w)
-    seeds = (torch.rand(n, c, h - block_size + 1, w - block_size + 1, device=x.device) < gamma).to(x.dtype)
+    corners = (torch.rand(n, c, h - block_size + 1, w - block_size + 1, device=x.device) < gamma).to(x.dtype)
     half = block_size // 2
-    mask = 1 - functional.max_pool2d(functional.pad(seeds, [half] * 4), block_size, 1, half)
+    mask = 1 - functional.max_pool2d(functional.pad(corners, [half] * 4), block_size, 1, half)
     return x * mask * (mask.numel() / (1e-6 + mask.sum()))
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from dropblock_det.errors import InputError
 WARM_UP = 2  # rounds before those that count
 HEAD_START = 4_000_000  # cycles of a GPU, about 2 ms, in which the host launches what is timed
 
-Figure = Annotated[float, Meta(ge=0, le=1e12)]
+Amount = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Row:
     shape: Annotated[str, Meta(pattern=r"^[1-9]\d{0,9}(x[1-9]\d{0,9})*$")]
     provider: str
     rounds: int
-    median_ms: Figure
-    q10_ms: Figure
-    q90_ms: Figure
-    mean_ms: Figure | None
+    median_ms: Amount
+    q10_ms: Amount
+    q90_ms: Amount
+    mean_ms: Amount | None
     relative_to: str
     relative: Annotated[float, Meta(gt=0, le=1e12)]  # median of the ratios within a round
-    relative_q10: Figure
-    relative_q90: Figure
-    relative_mean: Figure | None  # ratio of the means
-    peak_memory_mib: Figure | None
+    relative_q10: Amount
+    relative_q90: Amount
+    relative_mean: Amount | None  # ratio of the means
+    peak_memory_mib: Amount | None
     hardware: str
     versions: str
     measured: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()))
@@ -50,21 +50,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed against one another, by name, and what the rows say of it."""
+    """What is timed against one another, by name, and what the rows call it.
+
+    ``works`` is empty where the times are taken elsewhere.
+    """
 
     what: str
     setting: str
     shape: tuple[int, ...]
     device: str
     baseline: str
-    works: Mapping[str, Callable[[], Any]]
+    works: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def milliseconds(work: Callable[[], Any], device: str) -> float:
     """Wall time of one call; on a GPU the time between two events on its stream.
 
-    The GPU sleeps first, so that the host runs ahead, as it does in a training step. Of an idle GPU the
-    events would tell how long Python takes to launch small kernels.
+    The GPU sleeps first, so that the host runs ahead, as it does in a training step. On an idle GPU the
+    events would measure how long Python takes to launch small kernels.
     """
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -136,35 +139,30 @@ def measure(case: Case, rounds: int, on_round: Callable[[], None] = lambda: None
     memory = {name: peak_memory(work, case.device) for name, work in case.works.items() if case.what == "op"}
     with busy_processes(busy):
         times = time_rounds(case, rounds, on_round)
-    setting = f"{case.setting}, {busy} busy" if busy else case.setting
-    return rows_of(case.what, setting, case.shape, case.device, case.baseline, times, memory)
+    if busy:
+        case = replace(case, setting=f"{case.setting}, {busy} busy")
+    return rows_of(case, times, memory)
 
 
 def rows_of(
-    what: str,
-    setting: str,
-    shape: Sequence[int],
-    device: str,
-    baseline: str,
-    times: Mapping[str, Sequence[float]],
-    memory: Mapping[str, float] | None = None,
+    case: Case, times: Mapping[str, Sequence[float]], memory: Mapping[str, float] | None = None
 ) -> list[Row]:
     """A row for each provider, from its milliseconds in every round."""
-    base, mean = times[baseline], statistics.fmean
+    base, mean = times[case.baseline], statistics.fmean
     made = []
     for name, own in times.items():
         ratios = [a / b for a, b in zip(own, base, strict=True)]
         made.append(
-            Row(what, setting, "x".join(map(str, shape)), name, len(own),
+            Row(case.what, case.setting, "x".join(map(str, case.shape)), name, len(own),
                 statistics.median(own), *quantiles(own), mean(own),
-                baseline, statistics.median(ratios), *quantiles(ratios), mean(own) / mean(base),
-                (memory or {}).get(name), hardware(device), versions())
+                case.baseline, statistics.median(ratios), *quantiles(ratios), mean(own) / mean(base),
+                (memory or {}).get(name), hardware(case.device), versions())
         )  # fmt: skip
     return made
 
 
 def versions() -> str:
-    """Of what was measured."""
+    """The versions of the packages that are measured."""
     packages = ("torch", "torchvision", "timm", "dropblock", "triton")
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return ", ".join(f"{name} {found[name]}" for name in packages if name in found)
@@ -177,7 +175,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def hardware(device: str) -> str:
-    """The processor that did the work; of a CPU also its threads, and how malloc was told to keep memory."""
+    """The processor that did the work; of a CPU also its threads, and malloc's settings."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

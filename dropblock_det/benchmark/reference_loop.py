@@ -52,7 +52,7 @@ class ReferenceImages(CocoDetection):
     """The training images of a data module, read and augmented torchvision's way.
 
     Args:
-        data: Says where the images are, and which label a category has.
+        data: Has the places of the images and the categories' labels.
     """
 
     def __init__(self, data: CocoDataModule) -> None:

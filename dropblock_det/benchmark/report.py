@@ -68,12 +68,12 @@ def newest_rows(rows: Iterable[Row]) -> dict[tuple[str, str, str], Newest]:
 
 
 def geometric_mean(rows: Iterable[Row]) -> float:
-    """Of the rows' ratios to the baseline."""
+    """The geometric mean of the rows' ratios to the baseline."""
     return math.exp(fmean(math.log(row.relative) for row in rows))
 
 
 def shapes(group: Newest) -> list[str]:
-    """Those that any provider was measured with, the smallest first."""
+    """The shapes that any provider was measured with, the smallest first."""
     found = {shape for rows in group.values() for shape in rows}
     return sorted(found, key=lambda shape: (math.prod(map(int, shape.split("x"))), shape))
 

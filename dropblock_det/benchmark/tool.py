@@ -17,7 +17,7 @@ import torch
 from msgspec import Meta
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dropblock_det.arguments import Count, Share
+from dropblock_det.arguments import Count, Share, Workers
 from dropblock_det.benchmark.cases import STAGES, op_case, train_step_case
 from dropblock_det.benchmark.measure import WARM_UP, Case, Row, measure
 from dropblock_det.benchmark.report import markdown, read_rows, write_rows
@@ -28,7 +28,6 @@ from dropblock_det.files import write_text
 Rounds = Annotated[int, Meta(ge=2, le=10**6)]  # there are quantiles to give
 Stage = Annotated[int, Meta(ge=1, le=4)]
 Side = Annotated[int, Meta(ge=64, le=2**13)]  # below, the last stage's batch norms have one value
-Workers = Annotated[int, Meta(ge=0, le=1024)]
 Busy = Annotated[int, Meta(ge=0, le=256)]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -138,7 +137,10 @@ def training(
         device: cpu or cuda. Default: a GPU where there is one.
         output: CSV file to which rows are appended; a .md and a .png are written beside it.
     """
-    from dropblock_det.benchmark.training import Plan, measure_training  # Lightning takes seconds to import
+    from dropblock_det.benchmark.training import (  # Lightning takes seconds to import
+        TrainingCase,
+        measure_training,
+    )
 
     device = checked_device(device)
     gpu = device == "cuda"
@@ -148,11 +150,11 @@ def training(
     sizes: Sequence[int | None] = (None,) if name.startswith("ssd") else ((512, 800) if gpu else (256,))
     rounds, steps = rounds or (10 if gpu else 12), steps or (10 if gpu else 2)
     workers = (8 if gpu else 2) if workers is None else workers
-    plans = [
-        Plan(Path(folder), name, side, n, workers, precision, device, rounds, steps)
+    cases = [
+        TrainingCase(Path(folder), name, side, n, workers, precision, device, rounds, steps)
         for side, n in itertools.product(size or sizes, batch or ((8, 16) if gpu else (8,)))
     ]
-    measure_all([partial(measure_training, plan) for plan in plans], rounds, output)
+    measure_all([partial(measure_training, case) for case in cases], rounds, output)
 
 
 def checked_device(device: Device | None) -> Device:

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
-from dropblock_det.benchmark.measure import WARM_UP, Row, check_memory, rows_of
+from dropblock_det.benchmark.measure import WARM_UP, Case, Row, check_memory, rows_of
 from dropblock_det.benchmark.reference_loop import PRINT_EVERY, reference_steps
 from dropblock_det.errors import InputError
 from dropblock_det.files import write_text
@@ -41,7 +41,7 @@ EXPLAINED = 10  # steps whose parts are timed, after the blocks
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingCase:
     """What to measure: the settings of one training.
 
     Attributes:
@@ -207,7 +207,7 @@ class Blocks(Callback):
         return timed
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What an epoch's end and start take is no step's."""
+        """Leaves out the block that an epoch's end and start belong to."""
         self._whole = False
 
     def on_train_batch_end(
@@ -244,12 +244,12 @@ class Blocks(Callback):
         self._begun = self.clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops it, and starts that of the epoch's end."""
+        """Stops the validation's clock, and starts that of the epoch's end."""
         now = self.clock()
         self.validation, self._begun = now - self._begun, now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops that."""
+        """Stops the clock of the epoch's end."""
         self.closing = self.clock() - self._begun
 
 
@@ -270,7 +270,7 @@ def channels_last(model: torch.nn.Module) -> bool:
     return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
-def other_trainings(cli: TrainCLI, plan: Plan) -> tuple[str, dict[str, Iterator[str]]]:
+def other_trainings(cli: TrainCLI, case: TrainingCase) -> tuple[str, dict[str, Iterator[str]]]:
     """How ours computes, and the reference loop on the same model: as it stands, and computing like ours."""
     module: Any = cli.model
     names = [category["name"] for category in cli.datamodule.categories]
@@ -279,10 +279,10 @@ def other_trainings(cli: TrainCLI, plan: Plan) -> tuple[str, dict[str, Iterator[
 
     def training(bfloat16: bool, memory_format: torch.memory_format) -> Iterator[str]:
         sizes = {side: module.hparams[side] for side in ("min_size", "max_size")}
-        model = build_detector(plan.name, names, **sizes)
+        model = build_detector(case.name, names, **sizes)
         model.load_state_dict(module.detector.state_dict())
         model.to(memory_format=memory_format)
-        return reference_steps(model, cli.datamodule, plan.device, module.hparams["lr"], bfloat16)
+        return reference_steps(model, cli.datamodule, case.device, module.hparams["lr"], bfloat16)
 
     loop = "torchvision's reference loop"
     others = {f"{loop}, float32": training(False, torch.contiguous_format)}
@@ -294,40 +294,40 @@ def other_trainings(cli: TrainCLI, plan: Plan) -> tuple[str, dict[str, Iterator[
 
 
 @refusals()
-def measure_training(plan: Plan, on_round: Callable[[], None]) -> list[Row]:
+def measure_training(case: TrainingCase, on_round: Callable[[], None]) -> list[Row]:
     """Measures one training.
 
     Raises:
         InputError: A setting that the training refuses, or fewer images than a block needs.
     """
-    side = 4 / 3 * (plan.size or 320)
-    check_memory(f"batch {plan.batch} at {plan.size}", 2500 * plan.batch * side**2 + 2**31, plan.device)
+    side = 4 / 3 * (case.size or 320)
+    check_memory(f"batch {case.batch} at {case.size}", 2500 * case.batch * side**2 + 2**31, case.device)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_text(folder / "settings.yaml", yaml.safe_dump(plan.settings()))
+        write_text(folder / "settings.yaml", yaml.safe_dump(case.settings()))
         words = [f"--config={folder / 'settings.yaml'}", f"--output={folder / 'run'}"]
         cli = command_line(words, stack)
-        per_epoch = -(-len(cli.datamodule.train_dataset) // plan.batch)
-        if per_epoch < 2 * plan.steps:
+        per_epoch = -(-len(cli.datamodule.train_dataset) // case.batch)
+        if per_epoch < 2 * case.steps:
             raise InputError(
-                f"{plan.root}: {per_epoch} batches of training images; give a smaller batch, or fewer steps"
+                f"{case.root}: {per_epoch} batches of training images; give a smaller batch, or fewer steps"
             )
-        how, others = other_trainings(cli, plan)
+        how, others = other_trainings(cli, case)
         parts = Parts()
-        blocks = Blocks(others, plan.rounds, plan.steps, parts, device_clock(plan.device), on_round)
+        blocks = Blocks(others, case.rounds, case.steps, parts, device_clock(case.device), on_round)
         trainer: Any = cli.trainer
         trainer.profiler = parts
         trainer.callbacks.append(blocks)
         # The validation is the last epoch's, which ends when all is measured.
         trainer.fit_loop.max_epochs = trainer.check_val_every_n_epoch = -(-blocks.all_steps // per_epoch)
         trainer.fit(cli.model, datamodule=cli.datamodule)
-    return training_rows(plan, how, blocks, per_epoch, cli.model.detector.transform.min_size[-1])
+    return training_rows(case, how, blocks, per_epoch, cli.model.detector.transform.min_size[-1])
 
 
-def training_rows(plan: Plan, how: str, blocks: Blocks, per_epoch: int, size: int) -> list[Row]:
+def training_rows(case: TrainingCase, how: str, blocks: Blocks, per_epoch: int, size: int) -> list[Row]:
     """The rows of what was measured, in milliseconds of a step or an epoch."""
-    setting, place = f"{plan.name}, ours {how}", ((plan.batch, 3, size), plan.device)
-    steps = {name: [s * 1e3 / plan.steps for s in seconds] for name, seconds in blocks.seconds.items()}
+    ours = Case("training", f"{case.name}, ours {how}", (case.batch, 3, size), case.device, OURS)
+    steps = {name: [s * 1e3 / case.steps for s in seconds] for name, seconds in blocks.seconds.items()}
     explained = {name: [s * 1e3 for s in seconds] for name, seconds in blocks.explained.items()}
     explained["ours: a step"] = [sum(of_step) for of_step in zip(*explained.values(), strict=True)]
     epoch = {
@@ -338,10 +338,10 @@ def training_rows(plan: Plan, how: str, blocks: Blocks, per_epoch: int, size: in
     epoch["ours: an epoch"] = sum(epoch.values())
     epoch["ours: evaluating the predictions, of the validation"] = blocks.evaluation * 1e3
     return [
-        *rows_of("training", setting, *place, OURS, steps),
-        *rows_of("training: parts of a step", setting, *place, "ours: a step", explained),
+        *rows_of(ours, steps),
+        *rows_of(replace(ours, what="training: parts of a step", baseline="ours: a step"), explained),
         *rows_of(
-            "training: parts of an epoch", setting, *place, "ours: an epoch",
+            replace(ours, what="training: parts of an epoch", baseline="ours: an epoch"),
             {name: [value, value] for name, value in epoch.items()},
         ),
-    ]  # fmt: skip
+    ]

@@ -25,7 +25,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """An image, where it belongs, and its SHA-256 where a manifest says it."""
+    """An image, where it belongs, and its SHA-256 where a manifest has it."""
 
     image: Image
     path: Path

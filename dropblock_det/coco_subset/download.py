@@ -1,6 +1,5 @@
 """Fetching small files and one large archive: attempts, waits, and checks of what arrived."""
 
-import hashlib
 import random
 import threading
 import time
@@ -16,6 +15,7 @@ from urllib3.util.retry import Retry
 from dropblock_det.coco_subset.connections import Answer, Connections, FetchError
 from dropblock_det.coco_subset.extract import check_url
 from dropblock_det.errors import InputError
+from dropblock_det.files import sha256_of
 from dropblock_det.locks import locked
 
 OFFICIAL = "http://images.cocodataset.org"
@@ -92,7 +92,7 @@ class Downloader:
         self.network = network
         self.stop = threading.Event()
         self._connections = Connections(network.connections, network.timeout, self.stop)
-        self._hold_until = 0.0  # what one thread was told by Retry-After holds for all
+        self._hold_until = 0.0  # a Retry-After that one thread gets holds for all
 
     def __enter__(self) -> "Downloader":
         self._connections.__enter__()
@@ -244,10 +244,7 @@ def _retry_after(value: str | None) -> float:
 
 
 def _is(path: Path, archive: Archive) -> bool:
-    if not path.is_file() or path.stat().st_size != archive.size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == archive.sha256
+    return path.is_file() and path.stat().st_size == archive.size and sha256_of(path) == archive.sha256
 
 
 def for_each(

@@ -1,6 +1,5 @@
 """The manifest: what a subset is, exactly, to check a copy or build the very same one elsewhere."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,9 +63,3 @@ def read_manifest(path: Path) -> Manifest:
     """
     manifest: Manifest = read_json(path, Manifest)
     return manifest
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

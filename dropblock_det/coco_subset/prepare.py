@@ -11,17 +11,18 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from dropblock_det.coco_subset.choose import SPLITS, Options, category_ids, choose, read_contents
 from dropblock_det.coco_subset.collect import Report, Wanted, collect
 from dropblock_det.coco_subset.download import Downloader, Network
 from dropblock_det.coco_subset.extract import Image, extract, read_images
 from dropblock_det.coco_subset.json_stream import Readable
-from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest, sha256_of
+from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest
 from dropblock_det.errors import InputError, disk_errors
-from dropblock_det.files import write_bytes
+from dropblock_det.files import sha256_of, write_bytes
 from dropblock_det.locks import locked
 
 MANIFEST = "manifest.json"
@@ -77,8 +78,8 @@ def prepare(
                     with target.open("rb") as file:
                         chosen[split] = read_images(file, str(target))
                 else:
-                    with _annotations(split, out, source, downloader, report) as opened:
-                        chosen[split] = _cut(split, options, known, opened, target, work, source is not None)
+                    full = _full_annotations(split, out, source, downloader, report)
+                    chosen[split] = _cut(split, options, known, full, target, work, source is not None)
         hashes = {
             out / f"{split}2017" / image.file_name: image.sha256
             for split, part in (manifest.splits.items() if manifest else ())
@@ -117,17 +118,16 @@ def verify(out: Path, manifest: Manifest) -> list[str]:
         One line for each file that is missing, altered or too many; empty when it is the very same subset.
     """
     problems = []
-    with disk_errors(out):
-        for split, part in manifest.splits.items():
-            folder = out / f"{split}2017"
-            expected = {out / annotations_file(split): part.json_sha256}
-            expected |= {folder / image.file_name: image.sha256 for image in part.images}
-            for path, sha256 in expected.items():
-                if not path.is_file():
-                    problems.append(f"{path.relative_to(out)}: missing")
-                elif sha256_of(path) != sha256:
-                    problems.append(f"{path.relative_to(out)}: altered")
-            problems += [f"{name}: not in the manifest" for name in _strangers(out, split, part.images)]
+    for split, part in manifest.splits.items():
+        folder = out / f"{split}2017"
+        expected = {out / annotations_file(split): part.json_sha256}
+        expected |= {folder / image.file_name: image.sha256 for image in part.images}
+        for path, sha256 in expected.items():
+            if not path.is_file():
+                problems.append(f"{path.relative_to(out)}: missing")
+            elif sha256_of(path) != sha256:
+                problems.append(f"{path.relative_to(out)}: altered")
+        problems += [f"{name}: not in the manifest" for name in _strangers(out, split, part.images)]
     return problems
 
 
@@ -174,58 +174,66 @@ class _Watched:
         return data
 
 
-Opener = Callable[[], contextlib.AbstractContextManager[tuple[Readable, str]]]
-"""Opens a full annotation file, as often as called: ``(file, what messages call it)``."""
+class _FullFile(NamedTuple):
+    """A full annotation file: what messages call it, and what opens it, as often as called."""
+
+    name: str
+    opened: Callable[[], contextlib.AbstractContextManager[Readable]]
 
 
 @contextlib.contextmanager
-def _annotations(
-    split: str, out: Path, source: Path | None, downloader: Downloader, report: Report
-) -> Iterator[Opener]:
-    member = annotations_file(split)
+def _opened(path: Path, member: str | None, on_read: Callable[[int], None]) -> Iterator[Readable]:
+    """Opens a file, or a member of an archive; ``on_read`` gets the number of bytes read."""
     with contextlib.ExitStack() as stack:
-        open_it: Callable[[], IO[bytes]]
-        if source is not None:
-            path = source / member
-            if not path.is_file():
-                raise InputError(f"{path}: not there; --source takes the folder of a full COCO 2017")
-            size, open_it, name = path.stat().st_size, lambda: path.open("rb"), str(path)
+        if member is None:
+            file: IO[bytes] = stack.enter_context(path.open("rb"))
         else:
-            archive = downloader.network.annotations
-            path = out.parent / Path(archive.path).name
-            downloader.fetch_archive(archive, path, lambda done: report("annotations", done, archive.size))
-            try:
-                zipped = stack.enter_context(zipfile.ZipFile(path))
-                info = zipped.getinfo(member)
-            except (zipfile.BadZipFile, KeyError) as error:
-                raise InputError(f"{path}: no archive with {member} in it") from error
-            if stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
-                raise InputError(f"{path}: {member} is a link or encrypted")
-            size, open_it, name = info.file_size, lambda: zipped.open(info), f"{path}/{member}"
-        if size > _LARGEST_JSON:
-            raise InputError(
-                f"{name}: {size} bytes unpacked, more than {_LARGEST_JSON}; that is no COCO 2017"
-            )
+            file = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(member))
+        yield _Watched(file, on_read)
 
-        @contextlib.contextmanager
-        def opened() -> Iterator[tuple[Readable, str]]:
-            with open_it() as file:
-                yield _Watched(file, lambda done: report(f"reading {split}2017", done, size)), name
 
-        yield opened
+def _full_annotations(
+    split: str, out: Path, source: Path | None, downloader: Downloader, report: Report
+) -> _FullFile:
+    """Finds a split's full annotation file in ``source``, or fetches the archive that has it."""
+    file = annotations_file(split)
+    if source is not None:
+        path, member, name = source / file, None, str(source / file)
+        if not path.is_file():
+            raise InputError(f"{path}: not there; --source takes the folder of a full COCO 2017")
+        size = path.stat().st_size
+    else:
+        archive = downloader.network.annotations
+        path = out.parent / Path(archive.path).name
+        member, name = file, f"{path}/{file}"
+        downloader.fetch_archive(archive, path, lambda done: report("annotations", done, archive.size))
+        try:
+            with zipfile.ZipFile(path) as zipped:
+                info = zipped.getinfo(file)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise InputError(f"{path}: no archive with {file} in it") from error
+        if stat.S_ISLNK(info.external_attr >> 16) or info.flag_bits & 1:
+            raise InputError(f"{path}: {file} is a link or encrypted")
+        size = info.file_size
+    if size > _LARGEST_JSON:
+        raise InputError(f"{name}: {size} bytes unpacked, more than {_LARGEST_JSON}; that is no COCO 2017")
+    return _FullFile(
+        name, partial(_opened, path, member, lambda done: report(f"reading {split}2017", done, size))
+    )
 
 
 def _cut(
     split: str,
     options: Options,
     known: Part | None,
-    opened: Opener,
+    full: _FullFile,
     target: Path,
     work: Path,
     local: bool,
 ) -> list[Image]:
     """Chooses the images of a split, or takes a manifest's, and writes their annotations to ``target``."""
-    with opened() as (file, name):
+    name = full.name
+    with full.opened() as file:
         contents = read_contents(file, name)
     keep = category_ids(contents.categories, options.categories, name)
     if known:
@@ -238,7 +246,7 @@ def _cut(
         ids = choose(images, getattr(options, split), options.seed, f"{split}2017", minimum)
     del contents
     written = work / target.name
-    with opened() as (file, name):
+    with full.opened() as file:
         images_cut = extract(file, name, ids, keep, written, local)
     sha256 = sha256_of(written)
     if known and sha256 != known.json_sha256:

@@ -16,7 +16,7 @@ Length = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class ImageRecord(msgspec.Struct):
-    """An image. ``license`` is whatever the file says."""
+    """An image. ``license`` is whatever the file has."""
 
     id: Id
     file_name: str

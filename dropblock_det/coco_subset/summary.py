@@ -1,13 +1,11 @@
-"""What a subset holds: counts per category and size class, and a plot of them."""
+"""What a subset holds: counts per category and size class, and a picture of them."""
 
 import contextlib
-import io
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,6 +16,9 @@ from dropblock_det.coco_subset.records import (
     LicenseRecord,
     read_records,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIZES = ("small", "medium", "large")
 
@@ -85,22 +86,17 @@ def _size_class(area: float) -> str:
     return "small" if area < 32**2 else "medium" if area < 96**2 else "large"
 
 
-def plot(summaries: Mapping[str, Summary]) -> bytes:
+def class_figure(summaries: Mapping[str, Summary]) -> "Figure":
     """Draws the number of boxes of each category, one panel for each split.
 
     Args:
         summaries: By split name; the categories are ordered by the first one's counts.
-
-    Returns:
-        A PNG; the same bytes for the same counts.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     first = next(iter(summaries.values()))
     names = sorted(first.images_with, key=lambda name: (first.of_category(name), name))
     figure = Figure(figsize=(4.5 * len(summaries), 1.2 + 0.16 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(summaries), sharey=True, squeeze=False)[0]
     for axes, (split, summary) in zip(panels, summaries.items(), strict=True):
         counts = [summary.of_category(name) for name in names]
@@ -117,8 +113,4 @@ def plot(summaries: Mapping[str, Summary]) -> bytes:
         axes.set_xlabel("boxes (logarithmic)", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(axis="x", alpha=0.3)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-        figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    return picture.getvalue()
+    return figure

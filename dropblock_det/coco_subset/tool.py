@@ -12,10 +12,10 @@ from dropblock_det.coco_subset.download import Network
 from dropblock_det.coco_subset.manifest import Manifest, read_manifest
 from dropblock_det.coco_subset.prepare import MANIFEST, annotations_file, prepare
 from dropblock_det.coco_subset.prepare import verify as differences
-from dropblock_det.coco_subset.summary import SIZES, Summary, plot, summarize
+from dropblock_det.coco_subset.summary import SIZES, Summary, class_figure, summarize
 from dropblock_det.commands import PlainConsole
-from dropblock_det.errors import InputError, disk_errors
-from dropblock_det.files import write_bytes
+from dropblock_det.errors import InputError
+from dropblock_det.files import write_figure
 
 
 def prepare_coco(
@@ -95,8 +95,7 @@ def show(console: Console, out: Path, manifest: Manifest) -> None:
         short = [f"{name} ({n})" for name, n in summaries["train"].images_with.items() if n < least]
         if short:
             console.print(f"fewer than {least} train images with: {', '.join(short)}")
-    with disk_errors(out):
-        write_bytes(out / "classes.png", plot(summaries))
+    write_figure(out / "classes.png", class_figure(summaries))
     console.print(f"class distribution: {out / 'classes.png'}")
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from dropblock_det.arguments import Seed
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_json, read_yaml, write_json
 from dropblock_det.locks import take_lock
@@ -24,6 +25,7 @@ REFERENCE = "none"  # the setting that every other one is compared with
 PLAN_NAME = "plan.json"
 MAX_BYTES = 2**26
 NAME = r"^\w[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{0,99}\Z"  # a folder's, and shown everywhere
+# What a comparison sets for each run itself, or what trains nothing.
 OWN = (
     "--seed_everything",
     "--config",
@@ -37,7 +39,6 @@ OWN = (
 SUBSET = "--data.train_subset_seed"
 
 Setting = Annotated[str, Meta(pattern=NAME)]
-Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,8 @@ def record_plan(root: Path, plan: Plan) -> Plan:
     assert lock is not None
     with lock:
         if old := read_plan(root):
-            changed = [
-                name
-                for name in ("base", "overrides", "vary_subset")
-                if getattr(old, name) != getattr(plan, name)
-            ]
+            shared = ("base", "overrides", "vary_subset")
+            changed = [name for name in shared if getattr(old, name) != getattr(plan, name)]
             changed += [name for name, now in plan.settings.items() if old.settings.get(name, now) != now]
             if changed:
                 raise InputError(

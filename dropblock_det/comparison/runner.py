@@ -90,7 +90,7 @@ class Runner:
             while not self._stop.is_set() and (taken := self._take(number)):
                 run, lock = taken
                 with lock:
-                    record = self._see_to(run, device, lock)
+                    record = self._train_and_record(run, device, lock)
                 with self._mutex:
                     del self.active[number]
                 if record is not None:
@@ -123,7 +123,7 @@ class Runner:
             self._stop.wait(POLL_S)
         return None
 
-    def _see_to(self, run: Run, device: str | None, lock: Lock) -> Record | None:
+    def _train_and_record(self, run: Run, device: str | None, lock: Lock) -> Record | None:
         """Trains, and gives the record of what came of it; ``None`` when it was interrupted."""
         folder = run_folder(self.root, run.setting, run.seed)
         ended = self._train(run, folder, device, lock)

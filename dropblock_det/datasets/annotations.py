@@ -23,9 +23,7 @@ from dropblock_det.files import read_json
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-MAX_BOXES_PER_IMAGE = (
-    10_000  # a detector compares every box with each of ~200,000 anchors: 8 GB at this number
-)
+MAX_BOXES_PER_IMAGE = 10_000  # each is compared with about 200,000 anchors, which then takes 8 GB
 MAX_SIDE = 100_000  # pixels
 MAX_ID = 2**53  # exact in every JSON reader
 

@@ -5,14 +5,13 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from msgspec import Meta
 from torch.utils.data import DataLoader
 
-from dropblock_det.arguments import Count, Natural, Seed, checked_arguments
+from dropblock_det.arguments import Count, Natural, Seed, Workers, checked_arguments
 from dropblock_det.commands import started_as
 from dropblock_det.datasets.augment import Augmentation
 from dropblock_det.datasets.coco_dataset import FLIP, CocoDataset, Item, collate
@@ -21,8 +20,6 @@ from dropblock_det.errors import InputError
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
-
-Workers = Annotated[int, Meta(ge=0, le=1024)]
 
 
 class CocoDataModule(LightningDataModule):
@@ -66,17 +63,10 @@ class CocoDataModule(LightningDataModule):
         cache_mb: Natural = 0,
     ) -> None:
         super().__init__()
-        numbers = {
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "train_subset": train_subset,
-            "val_subset": val_subset,
-            "subset_seed": subset_seed,
-            "train_subset_seed": train_subset_seed,
-            "seed": seed,
-            "cache_mb": cache_mb,
-        }
-        checked_arguments(CocoDataModule, numbers, "data.")
+        given: dict[str, Any] = {"train_subset": train_subset, "val_subset": val_subset}
+        given |= {"subset_seed": subset_seed, "train_subset_seed": train_subset_seed, "seed": seed}
+        given |= {"batch_size": batch_size, "num_workers": num_workers, "cache_mb": cache_mb}
+        checked_arguments(CocoDataModule, given, "data.")
         self.root = Path(root)
         self.train_images, self.train_annotations = self.root / train_images, self.root / train_annotations
         self.val_images, self.val_annotations = self.root / val_images, self.root / val_annotations

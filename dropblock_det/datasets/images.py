@@ -26,7 +26,7 @@ def read_image(path: Path, width: int | None = None, height: int | None = None) 
     animation the first frame is read.
 
     Args:
-        path: The file; its content and not its name tells the format.
+        path: The file; the format is read from its content, not its name.
         width: Expected width in pixels; None for any.
         height: Expected height in pixels; None for any.
 

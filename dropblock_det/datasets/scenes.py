@@ -10,10 +10,8 @@ import numpy as np
 from msgspec import Meta
 from PIL import Image
 
-from dropblock_det.arguments import Count, Natural, Seed, checked_arguments
-from dropblock_det.datasets.augment import Augmentation
-from dropblock_det.datasets.coco import CocoDataModule, Workers
-from dropblock_det.datasets.coco_dataset import FLIP
+from dropblock_det.arguments import Seed, checked_arguments
+from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError, disk_errors
 from dropblock_det.files import read_json, write_json
 
@@ -69,9 +67,7 @@ def shape_mask(name: str, side: int, direction: tuple[int, int]) -> np.ndarray:
         return disk & (4 * distance >= side * side)
     if name == "square":
         return 2 * np.maximum(u, np.abs(v)) ** 2 <= reach * reach
-    if (
-        name == "triangle"
-    ):  # equilateral: tip at v = -reach, base at v = reach / 2; 4/7 is near tan(30 degrees)
+    if name == "triangle":  # equilateral: tip at v = -reach, base at reach / 2; 4/7 is near tan(30 degrees)
         return (2 * v <= reach) & (7 * u <= 4 * (v + reach))
     if name == "cross":
         return disk & (4 * np.minimum(u, np.abs(v)) <= reach)
@@ -197,13 +193,8 @@ class ScenesDataModule(CocoDataModule):
         train_size: Number of training scenes.
         val_size: Number of validation scenes.
         scenes_seed: Seed of the scenes themselves.
-        train_subset: Number of training scenes to use, drawn with ``train_subset_seed``; null for all.
-        train_subset_seed: Seed of that subset alone.
-        batch_size: Images per batch and process.
-        num_workers: Worker processes that load images, per process; 0 loads in the process itself.
-        augmentation: Augmentation of the training images.
-        seed: Seed of the order of training images and of their augmentation.
-        cache_mb: Keep up to this many MB (per process) of decoded training images in memory; 0 is off.
+        train_subset_seed: Seed of the training subset alone.
+        **loading: As :class:`CocoDataModule`.
     """
 
     def __init__(
@@ -212,13 +203,8 @@ class ScenesDataModule(CocoDataModule):
         train_size: Size = 512,
         val_size: Size = 128,
         scenes_seed: Seed = 0,
-        train_subset: Count | None = None,
         train_subset_seed: Seed = 0,
-        batch_size: Count = 8,
-        num_workers: Workers = 2,
-        augmentation: Augmentation = FLIP,
-        seed: Seed = 0,
-        cache_mb: Natural = 0,
+        **loading: Any,
     ) -> None:
         numbers = {"train_size": train_size, "val_size": val_size, "scenes_seed": scenes_seed}
         checked_arguments(ScenesDataModule, numbers, "data.")
@@ -228,13 +214,8 @@ class ScenesDataModule(CocoDataModule):
             train_annotations="annotations/train.json",
             val_images="val",
             val_annotations="annotations/val.json",
-            batch_size=batch_size,
-            num_workers=num_workers,
-            augmentation=augmentation,
-            train_subset=train_subset,
             train_subset_seed=train_subset_seed,
-            seed=seed,
-            cache_mb=cache_mb,
+            **loading,
         )
         self.train_size, self.val_size, self.scenes_seed = train_size, val_size, scenes_seed
 

@@ -18,9 +18,9 @@ class _Episode:
     """A model from the first entry to the last exit."""
 
     modes: dict[nn.Module, bool]
-    """What comes back: every module's mode,"""
+    """Every module's mode before."""
     p: dict[nn.Module, float] = field(default_factory=dict)
-    """and the ``p`` of those that were given another."""
+    """The ``p`` before, of the regularizers that were given another."""
     on: set[nn.Module] = field(default_factory=set)
     entries: list[Regularizers] = field(default_factory=list)
 

@@ -109,8 +109,9 @@ def units(name: str, module: nn.Module) -> Iterator[str | Gap]:
             for site in units(join(name, child_name), child)
         ]
     joins = block is not None and block.joins_input(module)
-    shown = block is None or block.units is None or not has_known_forward(module)
-    if joins and shown and inside and not isinstance(inside[-1], Gap):
+    # The block's output stands in for its branch's last unit, which units from the table leave out already.
+    listed = block is not None and block.units is not None and has_known_forward(module)
+    if joins and not listed and inside and not isinstance(inside[-1], Gap):
         inside.pop()
     yield from inside
     if joins:
@@ -166,7 +167,7 @@ def find_backbones(model: nn.Module) -> list[Backbone]:
     others = [*named, *(chain for chain in chains if not _holds(chain, named))]
 
     def lowers(root: str) -> bool:
-        """At least twice, what lies in another backbone not counted."""
+        """Whether it does so at least twice, without the layers of other backbones inside it."""
         inner = [other for other in others if other != root and within(other, root)]
         layers = [
             module

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from numbers import Real
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -84,7 +83,7 @@ def install(model: nn.Module, sites: dict[str, float], make: Callable[[], nn.Mod
         if near is not None and not near.is_meta:
             regularizer.to(near.device)
         change_class(module, regularized)
-        # Of a batch norm whose statistics are frozen, see Regularized.eval, the block's mode tells more.
+        # A batch norm may be in eval mode only to freeze its statistics (see Regularized.eval).
         block = model.get_submodule(site.rpartition(".")[0]) if isinstance(module, _BatchNorm) else module
         module.regularizer = regularizer.train(block.training)
     return RegularizerHandle(model, tuple(sites))
@@ -216,9 +215,7 @@ class RegularizerHandle:
     def __enter__(self) -> "RegularizerHandle":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:

@@ -1,5 +1,6 @@
 """Whether a site puts out maps ``(N, C, H, W)``, which some regularizers need."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from dropblock_det.errors import InputError
 from dropblock_det.inject.backbones import parents
-from dropblock_det.inject.placement import is_channels_last
+from dropblock_det.inject.blocks import CHANNELS_LAST, look_up, stock_class
 from dropblock_det.layers import DropBlock2d
 
 OF_MAPS = (DropBlock2d, nn.Dropout2d)
@@ -63,13 +64,33 @@ def find_layouts(
     found = {}
     for site, regularizer in regularizers.items():
         of_maps = isinstance(regularizer, OF_MAPS)
-        if of_maps and is_channels_last(modules, site):
+        if of_maps and has_channels_last(modules, site):
             raise InputError(
                 f"{site} has its channels in the last dimension and {type(regularizer).__name__} needs"
                 " (N, C, H, W): name another site, such as a convolution, or use nn.Dropout"
             )
         found[site] = Layout(of_maps, widths[site])
     return found
+
+
+def has_channels_last(modules: dict[str, nn.Module | None], site: str) -> bool:
+    """Whether a site's output is known to have its channels in the last dimension.
+
+    Args:
+        modules: All of :func:`~dropblock_det.inject.backbones.walk`.
+        site: A name in it.
+    """
+    module = modules[site]
+    if isinstance(module, nn.LayerNorm):  # torchvision's LayerNorm2d has a forward of its own
+        return len(module.normalized_shape) == 1 and stock_class(module).forward is nn.LayerNorm.forward
+    if isinstance(module, nn.Linear):
+        return True
+    for holder in ("", *parents(site), site):
+        block = modules[holder]
+        inside = look_up(CHANNELS_LAST, block) if block is not None else None
+        if inside and re.fullmatch(inside, site[len(holder) :].removeprefix(".")):
+            return True
+    return False
 
 
 def _widths(modules: dict[str, nn.Module | None]) -> dict[str, int | None]:

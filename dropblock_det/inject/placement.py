@@ -29,7 +29,6 @@ from dropblock_det.inject.backbones import (
     within,
 )
 from dropblock_det.inject.blocks import (
-    CHANNELS_LAST,
     HEADS,
     PYRAMIDS,
     TWIN_BACKBONES,
@@ -37,7 +36,6 @@ from dropblock_det.inject.blocks import (
     is_norm_or_activation,
     is_pooling,
     look_up,
-    stock_class,
 )
 
 Where = str | Callable[[str, nn.Module], bool]
@@ -118,7 +116,10 @@ def _paper(model: nn.Module) -> dict[str, float]:
     """Every unit and every skip of the last two stages."""
     backbones = _backbones(model, "paper")
     return {
-        site: 1.0 for b in backbones for number in b.last_two for site in _known(model, b, number, "paper")
+        site: 1.0
+        for b in backbones
+        for number in b.last_two
+        for site in _checked(model, "paper", b.stages[number])
     }
 
 
@@ -128,7 +129,7 @@ def _paper_groups(model: nn.Module) -> dict[str, float]:
         site: 4.0 ** (number - max(backbone.stages))
         for backbone in _backbones(model, "paper_groups")
         for number in backbone.last_two
-        for site in _known(model, backbone, number, "paper_groups")
+        for site in _checked(model, "paper_groups", backbone.stages[number])
     }
 
 
@@ -139,7 +140,7 @@ def _stage(model: nn.Module, number: str) -> dict[str, float]:
     for backbone in backbones:
         if n not in backbone.stages:
             raise _refuse(model, at, f"the stages are {', '.join(map(str, backbone.stages))}")
-    return {site: 1.0 for backbone in backbones for site in _known(model, backbone, n, at)}
+    return {site: 1.0 for backbone in backbones for site in _checked(model, at, backbone.stages[n])}
 
 
 def _residual(model: nn.Module) -> dict[str, float]:
@@ -148,8 +149,8 @@ def _residual(model: nn.Module) -> dict[str, float]:
     names = [(name, module) for name, module in walk(model) if module is not None]
     sites = {}
     for backbone in backbones:
-        for number in backbone.stages:
-            _known(model, backbone, number, "residual")  # refuses what is not understood
+        for units_of_stage in backbone.stages.values():
+            _checked(model, "residual", units_of_stage)
         holders = [holder for holders in backbone.holders.values() for holder in holders]
         for name, module in names:
             if any(within(name, holder) for holder in holders) and (branch := _branch(name, module)):
@@ -242,12 +243,8 @@ def _are_twins(model: nn.Module, backbones: list[Backbone]) -> bool:
     return any(all(within(backbone.name, at) for backbone in backbones) for at in whole)
 
 
-def _known(model: nn.Module, backbone: Backbone, number: int, preset: str) -> list[str]:
-    return _checked(model, preset, backbone.stages[number])
-
-
 def _checked(model: nn.Module, preset: str, sites: list[str | Gap]) -> list[str]:
-    """The sites, if all is understood and there are any."""
+    """Returns the sites; refuses them where one is not understood."""
     for gap in sites:
         if isinstance(gap, Gap):
             raise _refuse(model, preset, f"{gap.name} is not understood ({gap.why})", gap.name)
@@ -279,26 +276,6 @@ def _example(model: nn.Module, place: str) -> str:
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
     fitting = [module for other, module in modules.items() if _fits(pattern, other)]
     return pattern if all(isinstance(module, nn.Conv2d) for module in fitting) else name
-
-
-def is_channels_last(modules: dict[str, nn.Module | None], site: str) -> bool:
-    """Whether a site's output is known to have its channels in the last dimension.
-
-    Args:
-        modules: All of :func:`~dropblock_det.inject.backbones.walk`.
-        site: A name in it.
-    """
-    module = modules[site]
-    if isinstance(module, nn.LayerNorm):  # torchvision's LayerNorm2d has a forward of its own
-        return len(module.normalized_shape) == 1 and stock_class(module).forward is nn.LayerNorm.forward
-    if isinstance(module, nn.Linear):
-        return True
-    for holder in ("", *parents(site), site):
-        block = modules[holder]
-        inside = look_up(CHANNELS_LAST, block) if block is not None else None
-        if inside and re.fullmatch(inside, site[len(holder) :].removeprefix(".")):
-            return True
-    return False
 
 
 def _matches(model: nn.Module, names: dict[str, nn.Module | None], where: Where) -> list[str]:

@@ -27,7 +27,7 @@ class Site:
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of the module's output in one run on the example; a head's layers run once per level."""
     shares: tuple[float | None, ...] = ()
-    """For each shape the expected share dropped, ``None`` where the regularizer does not tell."""
+    """For each shape the expected share dropped, ``None`` where it is not known."""
 
 
 def list_sites(

@@ -23,7 +23,7 @@ from dropblock_det.inject.layout import Layout
 
 @dataclass
 class Use:
-    """What a regularizer has to know of its site; lies on the regularizer, so that copies take it along."""
+    """What a regularizer has to know of its site; its attribute, so that copies take it along."""
 
     site: str
     factor: float
@@ -31,7 +31,7 @@ class Use:
     ran: bool = False
 
     def scaled(self, p: float) -> float:
-        """This site's drop probability, for one of all."""
+        """The drop probability here where all sites are given ``p``."""
         if p * self.factor > 1:
             raise InputError(f"p={p:g} times the factor {self.factor:g} at {self.site} is over 1: give less")
         return p * self.factor

@@ -20,7 +20,7 @@ def expected_share(regularizer: nn.Module, shape: tuple[int, ...]) -> float | No
         shape: Of its input.
 
     Returns:
-        A number in [0, 1], or ``None`` where the regularizer does not tell.
+        A number in [0, 1], or ``None`` where it is not known.
     """
     if isinstance(regularizer, DropBlock2d):
         if len(shape) != 4:
@@ -46,7 +46,7 @@ class SiteShares:
         self._sums: Tensor | None = None
         self._masks = [0] * len(handle.sites)  # drawn independently
         self._covered: dict[str, str] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def start(self) -> None:
         """Counts from now on."""
@@ -117,7 +117,7 @@ class SiteShares:
         return shares, [warning for warning in warnings if warning]
 
     def _warning(self, sites: dict[str, str], what: str) -> str:
-        new = {site: detail for site, detail in sites.items() if f"{what} {site}" not in self._said}
-        self._said.update(f"{what} {site}" for site in new)
+        new = {site: detail for site, detail in sites.items() if f"{what} {site}" not in self._warned}
+        self._warned.update(f"{what} {site}" for site in new)
         shown = [f"{site} ({detail})" if detail else site for site, detail in list(new.items())[:3]]
         return f"{what} at {', '.join(shown)}{', ...' if len(new) > 3 else ''}" if new else ""

@@ -1,9 +1,9 @@
 """What the forward of a block that is not torchvision's does, read from a symbolic trace of it.
 
-The trace is of the block's own forward, with its children closed. What comes out is said in the words of
+The trace is of the block's own forward, with its children closed. The result has the form of an entry in
 torchvision's table, see :class:`~dropblock_det.inject.blocks.Block`. A block is understood when each of its
 convolutions lies beside a norm or an activation, and its one sum, if any, adds a branch to the block's input
-or to what one module makes of it. Anything else is not, and says why.
+or to what one module makes of it. For any other block the reason is raised.
 """
 
 import inspect
@@ -144,7 +144,7 @@ def _kind(module: nn.Module, node: fx.Node) -> str:
         try:
             return "harmless" if read_block(child).units == () else "part"
         except NotUnderstoodError:
-            return "part"  # whoever looks into it will say why
+            return "part"  # the reason is raised when its own units are asked for
     if node.op in ("call_function", "call_method"):
         tables: dict[str, set[Any]] = {
             "sum": _SUMS,

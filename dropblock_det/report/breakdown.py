@@ -11,7 +11,6 @@ import numpy as np
 from dropblock_det.errors import InputError, printable
 from dropblock_det.files import write_text
 from dropblock_det.report.html import data_uri, render
-from dropblock_det.report.words import number
 from dropblock_det.tasks.breakdown import Breakdown, Confusion, Curves, Example, Table
 from dropblock_det.tasks.metric import Metric
 
@@ -127,7 +126,6 @@ def render_breakdown(breakdown: Breakdown, about: str, lead: str) -> str:
         breakdown=breakdown,
         looks=looks,
         curves=curves,
-        number=number,
         cell=_cell,
         text=printable,
         pairs=confusion.most()[:PAIRS],
@@ -150,7 +148,7 @@ def _looks(breakdown: Breakdown) -> dict[str, int]:
 
 
 def _cell(metric: Metric, value: Any) -> str:
-    return printable(value) if isinstance(value, str) else number(metric, value)
+    return printable(value) if isinstance(value, str) else metric.format(value)
 
 
 def _confusion(confusion: Confusion) -> dict[str, Any]:

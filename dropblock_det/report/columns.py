@@ -39,13 +39,8 @@ def columns(metrics: Sequence[Metric], last: int = 1) -> dict[str, Column]:
     """
     when = "at the last epoch" if last == 1 else f"mean of the last {last} epochs"
     found = [
-        Column(
-            replace(metric, meaning=f"{metric.meaning}; {when}"),
-            _last(metric.name, last),
-            "last",
-            metric.name,
-        )
-        for metric in metrics
+        Column(replace(m, meaning=f"{m.meaning}; {when}"), _last(m.name, last), "last", m.name)
+        for m in metrics
     ]
     has_losses = {LOSS, VAL_LOSS} <= {metric.name for metric in metrics}
     if has_losses:
@@ -101,40 +96,22 @@ def _wall(record: Record) -> float | None:
     return math.fsum(times) if times and len(times) == len(record.epochs) else None
 
 
-def _drop_share(record: Record) -> float | None:
-    return (record.drop_share or {}).get("realised")
+def _cost(
+    name: str, title: str, digits: int, scale: float, meaning: str, of: Callable[[Record], float | None]
+) -> Column:
+    return Column(Metric(name, title, None, digits, scale, meaning, compared=False), of, "run")
 
 
 COSTS = (
-    Column(
-        Metric("wall_s", "time, min", None, 1, 1 / 60, "training and validation", compared=False),
-        _wall,
-        "run",
-    ),
-    Column(
-        Metric("images_per_s", "images/s", None, 1, 1, "while training", compared=False),
-        lambda record: record.images_per_s,
-        "run",
-    ),
-    Column(
-        Metric(
-            "peak_memory", "memory, GiB", None, 2, 2**-30, "peak: GPU allocator, or process", compared=False
-        ),
+    _cost("wall_s", "time, min", 1, 1 / 60, "training and validation", _wall),
+    _cost("images_per_s", "images/s", 1, 1, "while training", lambda record: record.images_per_s),
+    _cost(
+        "peak_memory", "memory, GiB", 2, 2**-30, "peak: GPU allocator, or process",
         lambda record: record.peak_memory_bytes,
-        "run",
     ),
-    Column(
-        Metric(
-            "drop_share",
-            "dropped",
-            None,
-            3,
-            1,
-            "share of elements really dropped, over the whole run",
-            compared=False,
-        ),
-        _drop_share,
-        "run",
+    _cost(
+        "drop_share", "dropped", 3, 1, "share of elements really dropped, over the whole run",
+        lambda record: (record.drop_share or {}).get("realised"),
     ),
-)
+)  # fmt: skip
 """What a run costs and what it dropped, whatever the task."""

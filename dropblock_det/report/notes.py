@@ -13,7 +13,7 @@ from dropblock_det.report.results import Evidence, compared_settings
 def notes(
     comparison: Comparison, columns: Mapping[str, Column], evidence: Mapping[str, Evidence], resampled: bool
 ) -> list[str]:
-    """All of it, the weightiest first."""
+    """Returns the notes, the most important first."""
     lines = []
     if comparison.absent:
         total = len(comparison.settings) * len(comparison.seeds)
@@ -87,7 +87,7 @@ def _left_out(columns: Mapping[str, Column], evidence: Mapping[str, Evidence]) -
 
 
 def _what_varies(comparison: Comparison) -> str:
-    """Of what the intervals speak."""
+    """What the intervals allow for: other seeds alone, or other training images too."""
     hashes = {seed: {r.data_hash for r in comparison.records if r.seed == seed} for seed in comparison.seeds}
     each_its_own = all(len(found) == 1 for found in hashes.values() if found)
     if each_its_own and len(set().union(*hashes.values())) > 1:

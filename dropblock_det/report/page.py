@@ -13,7 +13,7 @@ from dropblock_det.report.html import data_uri, render
 from dropblock_det.report.resampling import other_images
 from dropblock_det.report.results import SettingResult
 from dropblock_det.report.tables import Report, build_report, to_csv, to_markdown
-from dropblock_det.report.words import in_seeds, interval, number, verdict
+from dropblock_det.report.words import in_seeds, interval, verdict
 from dropblock_det.runs.outcomes import read_outcomes
 from dropblock_det.tasks.evaluation import Outcomes
 
@@ -35,7 +35,7 @@ def write_report(root: Path, output: Path, last: int = 1) -> Report:
         InputError: ``root`` is not a comparison's folder, or a record is damaged.
     """
     comparison = gather(root)
-    # What the runs left is of their very last epoch.
+    # Outcomes are of the very last epoch.
     images = other_images(_outcomes(comparison)) if last == 1 else None
     report = build_report(comparison, last, images)
     write_text(output / "report.html", render_page(comparison, report))
@@ -48,7 +48,7 @@ def write_report(root: Path, output: Path, last: int = 1) -> Report:
 
 
 def _outcomes(comparison: Comparison) -> dict[str, dict[int, Outcomes]]:
-    """Of the runs that left theirs, by setting and seed."""
+    """The runs' outcomes, where they wrote them, by setting and seed."""
     found: dict[str, dict[int, Outcomes]] = {}
     for record in comparison.records:
         folder = run_folder(comparison.root, record.setting, record.seed)
@@ -114,7 +114,7 @@ def _cells(report: Report, result: SettingResult) -> list[dict[str, str]]:
         cells.append(
             {
                 "value": "" if cell.mean is None else repr(cell.mean),
-                "shown": number(metric, cell.mean, cell.sd if metric.compared else None),
+                "shown": metric.format(cell.mean, cell.sd if metric.compared else None),
                 "interval": interval(metric, cell.difference) if cell.difference else "",
                 "verdict": words,
                 "kind": "better" if ": better" in words else "worse" if ": worse" in words else "",

@@ -9,7 +9,7 @@ import numpy as np
 from dropblock_det.comparison.gather import REFERENCE, Comparison
 from dropblock_det.report.columns import Column
 from dropblock_det.report.power import detectable_difference
-from dropblock_det.report.statistics import Analysis, Difference, Table, analyse
+from dropblock_det.report.statistics import Analysis, Difference, Floats, analyse
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _by_seed(comparison: Comparison, setting: str, column: Column) -> dict[int, 
 
 def _table(
     values: Mapping[str, Mapping[int, float]], settings: tuple[str, ...], seeds: tuple[int, ...]
-) -> Table:
+) -> Floats:
     return np.array([[values[setting].get(seed, np.nan) for seed in seeds] for setting in settings], float)
 
 

@@ -36,8 +36,7 @@ from scipy.stats import multivariate_t
 ALPHA = 0.05
 OWN_ALPHA = 0.04
 SPREAD_ALPHA = 0.01
-Table = NDArray[np.float64]
-"""(settings, seeds), the reference in row 0, NaN where there is no run."""
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,11 @@ class Analysis:
     correlation: float | None
 
 
-def analyse(table: Table) -> Analysis:
+def analyse(table: Floats) -> Analysis:
     """Compares every row with the first.
 
     Args:
-        table: values of the settings' runs.
+        table: (settings, seeds), the reference in row 0, NaN where there is no run.
     """
     pairs = [np.flatnonzero(~np.isnan(row) & ~np.isnan(table[0])) for row in table[1:]]
     judged = [number for number, seeds in enumerate(pairs, 1) if len(seeds) > 1]
@@ -103,7 +102,7 @@ def analyse(table: Table) -> Analysis:
     return Analysis(differences, sd, tuple(pool), tuple(left_out), _correlation(table[pool]))
 
 
-def _difference(of_seeds: Table, pooled: tuple[float, float] | None, share: float) -> Difference | None:
+def _difference(of_seeds: Floats, pooled: tuple[float, float] | None, share: float) -> Difference | None:
     """From a setting's paired differences, and its mean and half-width from the pool if it is in it."""
     own = of_seeds[~np.isnan(of_seeds)]
     pairs, above = len(own), int((own > 0).sum())
@@ -131,13 +130,13 @@ def _difference(of_seeds: Table, pooled: tuple[float, float] | None, share: floa
 class _Fit:
     """The additive model's least squares fit to a table: differences from row 0, and the error."""
 
-    differences: Table
-    covariance: Table  # of the differences, for an error of 1
+    differences: Floats
+    covariance: Floats  # of the differences, for an error of 1
     rss: float
     df: int
 
 
-def _fit(table: Table) -> _Fit:
+def _fit(table: Floats) -> _Fit:
     rows, seeds = np.nonzero(~np.isnan(table))
     design = np.hstack([np.eye(len(table))[rows], np.eye(table.shape[1])[seeds]])
     values = table[rows, seeds]
@@ -151,7 +150,7 @@ def _fit(table: Table) -> _Fit:
     return _Fit(contrasts @ values, contrasts @ contrasts.T, rss, df)
 
 
-def _pool(table: Table, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+def _pool(table: Floats, rows: Sequence[int]) -> tuple[list[int], list[int]]:
     """The rows with about the same spread, and those whose spread is larger."""
     pool, left_out = list(rows), []
     while len(pool) > 2:
@@ -185,7 +184,7 @@ def t_quantile(alpha: float, df: int) -> float:
     return float(-stdtrit(df, alpha / 2))  # scipy.stats.t takes a hundred times as long
 
 
-def dunnett_quantile(correlation: Table, df: int, alpha: float = ALPHA) -> float:
+def dunnett_quantile(correlation: Floats, df: int, alpha: float = ALPHA) -> float:
     """The ``c`` with ``P(all |T_i| < c) = 1 - alpha`` for a multivariate Student's t, Dunnett's distribution.
 
     Args:
@@ -212,7 +211,7 @@ def _dunnett_quantile(correlation: tuple[tuple[float, ...], ...], df: int, alpha
     return float(brentq(outside, 0.99 * ends[0], 1.01 * ends[1], xtol=1e-4))
 
 
-def _correlation(table: Table) -> float | None:
+def _correlation(table: Floats) -> float | None:
     """The intraclass correlation of the seeds in which no run is missing."""
     complete = table[:, ~np.isnan(table).any(axis=0)]
     settings, seeds = complete.shape

@@ -16,7 +16,6 @@ from dropblock_det.report.words import (
     in_seeds,
     interval,
     markdown,
-    number,
     on_other_images,
     pairing,
     power,
@@ -39,7 +38,7 @@ class Report:
         answers: one honest sentence for each compared column, the headline's first.
         power: for each of them, what the comparison could have shown.
         pairing: for each of them, whether pairing by seed helps.
-        images: what resampling the validation images says, if the runs left what it takes.
+        images: what resampling the validation images says, if the runs wrote their outcomes.
         notes: what must be said with the numbers.
         last: the last epochs that are averaged.
     """
@@ -59,7 +58,7 @@ class Report:
 
     @property
     def last_epochs(self) -> str:
-        """In words."""
+        """The averaged epochs, in words."""
         return "last epoch" if self.last == 1 else f"last {self.last} epochs"
 
     @property
@@ -74,7 +73,7 @@ class Report:
         return on_other_images(self.columns[name].metric, self.images) if known and self.images else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """What ``report.json`` holds."""
         return {
             "base": self.base,
             "headline": self.headline,
@@ -132,15 +131,15 @@ def to_markdown(report: Report) -> str:
 
     def difference(result: SettingResult, metric: Metric) -> str:
         found = result.cells[metric.name].difference
-        said = verdict(metric, found)
-        return f"{interval(metric, found)} {said}; {in_seeds(metric, found)}" if found else said
+        words = verdict(metric, found)
+        return f"{interval(metric, found)} {words}; {in_seeds(metric, found)}" if found else words
 
     lines = [f"# Did it help? {markdown(report.base)}", ""]
     lines += [f"- {markdown(report.answers[name])}" for name in report.leading]
     lines += ["", "What this comparison could have shown:", ""]
     lines += [f"- {markdown(report.power[name])}" for name in report.leading if name in report.power]
-    if said := [text for name in report.leading if (text := report.on_other_images(name))]:
-        lines += ["", *(f"- {markdown(text)}" for text in said)]
+    if resampled := [text for name in report.leading if (text := report.on_other_images(name))]:
+        lines += ["", *(f"- {markdown(text)}" for text in resampled)]
     lines += ["", "## Mean ± standard deviation over seeds", ""]
     lines += _table(
         ["setting", "seeds", *(metric.title for metric in metrics)],
@@ -149,7 +148,7 @@ def to_markdown(report: Report) -> str:
                 result.setting,
                 str(len(result.finished)),
                 *(
-                    number(m, (cell := result.cells[m.name]).mean, cell.sd if m.compared else None)
+                    m.format((cell := result.cells[m.name]).mean, cell.sd if m.compared else None)
                     for m in metrics
                 ),
             ]
@@ -206,8 +205,8 @@ def to_csv(report: Report) -> str:
             if (d := cell.difference) is None:
                 line += [None] * 9
             else:
-                said = verdict(report.columns[name].metric, d)
-                line += [d.pairs, d.above, d.mean, d.low, d.high, *(d.own or (None, None)), d.pooled, said]
+                words = verdict(report.columns[name].metric, d)
+                line += [d.pairs, d.above, d.mean, d.low, d.high, *(d.own or (None, None)), d.pooled, words]
             images = report.images.metrics.get(name, {}).get(result.setting) if report.images else None
             writer.writerow([*line, *((images.low, images.high) if images else (None, None))])
     return out.getvalue()

@@ -19,14 +19,6 @@ def markdown(text: str) -> str:
     return re.sub(special, r"\\\g<0>", printable(text))
 
 
-def number(metric: Metric, value: float | None, sd: float | None = None) -> str:
-    """A value as the tables print it: scaled, rounded, ``-`` where there is none."""
-    if value is None:
-        return "-"
-    text = f"{value * metric.scale:.{metric.digits}f}"
-    return text if sd is None else f"{text} ± {sd * metric.scale:.{metric.digits}f}"
-
-
 def verdict(metric: Metric, difference: Difference | None) -> str:
     """What a difference lets one say, and no more."""
     if difference is None:

@@ -15,7 +15,7 @@ from dropblock_det.runs.record import Record
 from dropblock_det.tasks.evaluation import Mark, Sample
 from dropblock_det.tasks.metric import LOSSES
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette: colour-blind readers tell these apart too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 NAME_HEIGHT = 0.12  # inches, of what is written at a box
 MIN_SIDE, MAX_SIDE = 480, 2000  # pixels of the longer side, so that names can be read, and files stay small

@@ -1,7 +1,7 @@
 """The record of a training run, ``record.json``: written by the run itself, read by whatever asks about it.
 
 An epoch is a dictionary ``{name: value}``; which names are metrics, how they are shown and which of them is
-the headline, the record says itself, as its task declared it.
+the headline, is in the record too, as its task declared it.
 """
 
 import importlib

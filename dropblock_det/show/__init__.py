@@ -1,1 +1,4 @@
-"""What one looks at before a training: where regularizers would go, and what they remove."""
+"""What one looks at before a training: where regularizers would go, and what they remove.
+
+Knows no task, and no other room knows it.
+"""

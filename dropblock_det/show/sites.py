@@ -42,15 +42,15 @@ def show_sites(
     def make() -> DropBlock2d:
         return DropBlock2d(p, block_size, calibration=calibration)
 
-    make()  # a bad argument is said before the model is built
+    make()  # refuses a bad argument before the model is built
     warnings.simplefilter("ignore")  # of torchvision, about its own initialization
     network = build_without_weights(model)
-    list_sites(network, at)  # and so is a bad name, before the model runs
+    list_sites(network, at)  # and a bad name, before the model runs
     try:
         sites = list_sites(network, at, example(network, size), make)
     except InputError:
         raise
-    except Exception as error:  # a network says in many ways that an image is too small, or memory is
+    except Exception as error:  # a network has many errors for an image, or memory, that is too small
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise InputError(f"--size {size}: {model} does not run on it ({reason}); give another") from None
     title = f"{model}, at {', '.join(at)}: {len(sites)} site{'s' * (len(sites) > 1)}, {make()}"
@@ -78,7 +78,7 @@ def table(title: str, sites: list[Site]) -> Table:
     for site in sites:
         maps = ["×".join(map(str, shape[1:])) for shape in site.shapes] or ["did not run"]
         shares = ["" if share is None else f"{share:.1%}" for share in site.shares] or [""]
-        # A head's layers run once per level of the pyramid: the first and the last say enough.
+        # A head's layers run once per level of the pyramid: the first and the last are shown.
         ends = (" ... ".join(dict.fromkeys((values[0], values[-1]))) for values in (maps, shares))
         lines.add_row(site.name, site.kind, f"{site.p:g}", *ends)
     return lines

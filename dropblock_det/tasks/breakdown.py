@@ -126,10 +126,10 @@ class Breakdown:
 
     Attributes:
         answer: sentences, the most important first.
-        values: the figures of the whole.
+        values: the metrics over all images.
         parts: what was judged -> its parts, which add up to all of it.
-        categories: the figures of each category.
-        errors: what became of each category's objects and predictions; ``None`` where the confusion says it.
+        categories: the metrics of each category.
+        errors: what became of each category's objects and predictions; ``None`` where the confusion shows it.
         confusion: what was taken for what.
         curves: ``None`` where there is no score to vary.
         images: what the model made of each image.

@@ -30,6 +30,13 @@ class Metric:
     compared: bool = True
     little: float | None = None
 
+    def format(self, value: float | None, sd: float | None = None) -> str:
+        """Returns a value, and its standard deviation if given, scaled and rounded; ``-`` for no value."""
+        if value is None:
+            return "-"
+        text = f"{value * self.scale:.{self.digits}f}"
+        return text if sd is None else f"{text} ± {sd * self.scale:.{self.digits}f}"
+
 
 LOSSES = (
     Metric("loss", "loss", meaning="training loss, with the regularizer on"),

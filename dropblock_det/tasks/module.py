@@ -14,7 +14,7 @@ from dropblock_det.schedule import lr_factor
 from dropblock_det.tasks.breakdown import Breakdown
 from dropblock_det.tasks.evaluation import Evaluation
 from dropblock_det.tasks.metric import Metric
-from dropblock_det.tasks.watch import Step, Watch
+from dropblock_det.tasks.nonfinite import Watch
 
 
 class _Batch(NamedTuple):
@@ -158,7 +158,7 @@ class TaskModule(LightningModule):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         else:
             optimizer = torch.optim.AdamW(parameters, hp.lr, weight_decay=hp.weight_decay, fused=fused)
-        # Of the scaler of float16: gradients are unscaled before they are clipped, not within the fused step.
+        # float16's scaler unscales the gradients before they are clipped, and not within the fused step.
         optimizer._step_supports_amp_scaling = False
         optimizer.register_load_state_dict_pre_hook(_stays_fused)
         optimizer.register_load_state_dict_post_hook(_laid_out_as_the_weights)
@@ -224,7 +224,7 @@ class TaskModule(LightningModule):
             if not step.nonfinite and (scaled or not step.left_out):  # the scaler's overflows are expected
                 continue
             if self.hparams["on_nonfinite"] == "stop":
-                raise InputError(f"step {step.number}: {_fault(step)}")
+                raise InputError(f"step {step.number}: {step.fault()}")
             self._skipped_steps += 1
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -264,24 +264,14 @@ class TaskModule(LightningModule):
             self.log(name, value, prog_bar=name == self.headline)
 
 
-def _fault(step: Step) -> str:
-    advice = "the last checkpoint is kept: lower model.lr, or set model.on_nonfinite=skip"
-    for image_ids, losses in step.nonfinite:
-        values = ", ".join(f"{name} {value}" for name, value in losses.items())
-        images = ", ".join(map(str, image_ids))
-        return f"the loss is not finite ({values}) on the images {images}; {advice}"
-    images = ", ".join(str(image_id) for image_ids, _ in step.batches for image_id in image_ids)
-    return f"the gradients are not finite, though this process's losses on the images {images} are; {advice}"
-
-
 def _stays_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A saved state says whether its own optimizer was fused: another device's, or an older version's."""
+    """Keeps ``fused`` as it suits this device: a saved state has its own, of another device or version."""
     fused = {"fused": optimizer.defaults["fused"]}
     return {**state, "param_groups": [group | fused for group in state["param_groups"]]}
 
 
 def _laid_out_as_the_weights(optimizer: torch.optim.Optimizer) -> None:
-    """A fused step on a CPU reads memory in its order: a saved state may have that of another format."""
+    """Gives the state the weights' memory format, which a fused step on a CPU takes for granted."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -29,6 +29,7 @@ from dropblock_det.runs.folder import (
 from dropblock_det.runs.recorder import RunRecord
 from dropblock_det.shipped import FIRST, config_file
 from dropblock_det.training.allowed import OPTION, PACKAGES, allow
+from dropblock_det.training.heartbeat import Heartbeat
 from dropblock_det.training.launch import (
     Sound,
     check_launcher,
@@ -39,7 +40,6 @@ from dropblock_det.training.launch import (
     sole_use,
 )
 from dropblock_det.training.loggers import Pictures, loggers
-from dropblock_det.training.peers import Peers
 from dropblock_det.training.precision import AutoTrainer, resolve_precision
 from dropblock_det.training.tasks import Task, task_classes
 from dropblock_det.training.terminal import Bar, Story, calm, print_result, shows_a_bar
@@ -75,7 +75,7 @@ class TrainCLI(LightningCLI):
         super().__init__(self.module, self.data, trainer_class=AutoTrainer, **arguments)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``--task``, ``--output`` and ``--regularize.*``, and lets the data say what they are."""
+        """Adds ``--task``, ``--output`` and ``--regularize.*``, and what the model takes from the data."""
         parser.add_argument("--task", type=Task, default="detection", help="What is trained.")
         parser.add_argument("--output", type=str, default="runs/quickstart", help="The run's folder.")
         parser.add_argument(
@@ -115,17 +115,17 @@ class TrainCLI(LightningCLI):
             raise
         check_settings(resolved_config(parser, self.config), self.module, self.data)
         trainer = self.config["trainer"]
-        if trainer["precision"] == "auto":  # config.yaml says what it was: elsewhere a run goes on with that
+        if trainer["precision"] == "auto":  # config.yaml keeps what it was: elsewhere a run goes on with that
             trainer["precision"] = resolve_precision(trainer["accelerator"], trainer["devices"])
 
     def instantiate_classes(self) -> None:
-        """Says in one line which package a logger or a callback misses, or why it can't be made."""
+        """Makes them; a package that one misses, or why it can't be made, is one line."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             if missing := re.search("HINT: Try running `(pip install [^`]*)`", str(error)):
                 raise InputError(f"a package is not installed: {missing[1]}") from error
-            # jsonargparse has tried each type that the setting may have; among that is what the class said.
+            # jsonargparse lists an error for each type that the setting may have, and the class' own.
             if reasons := re.findall(r"^  - +(?!Not a valid|Expected a)(\S.*)", str(error), re.MULTILINE):
                 raise InputError(f"trainer: a class can't be made: {'; '.join(reasons)[:400]}") from error
             raise
@@ -147,7 +147,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds what every run has: loggers, checkpoints, the record and a progress bar."""
         recorder = RunRecord(self.output)
-        callbacks: list[Callback] = [Sound(), Peers(self.output), recorder]
+        callbacks: list[Callback] = [Sound(), Heartbeat(self.output), recorder]
         callbacks += [Pictures(self.output), Checkpoints(recorder)]
         asked = self.config["trainer"]
         bar, summary = shows_a_bar(asked["enable_progress_bar"]), asked["enable_model_summary"]
@@ -165,7 +165,7 @@ class TrainCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved ``config.yaml`` into the run's folder, and tells the loggers."""
+    """Writes the resolved ``config.yaml`` into the run's folder, and gives it to the loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first process only."""
@@ -204,9 +204,10 @@ def check_settings(config: dict[str, Any], module: type, data: type) -> None:
     }.items():
         if name in config:
             raise InputError(f"{name}: not a setting; give {option} on the command line")
-    checked_arguments(_run_folder, {"output": config["output"]})
-    if not isinstance(config["seed_everything"], bool):
-        checked_arguments(_run_folder, {"seed_everything": config["seed_everything"]})
+    run = {name: config[name] for name in ("output", "seed_everything")}
+    if isinstance(run["seed_everything"], bool):  # LightningCLI's: any seed, or none
+        del run["seed_everything"]
+    checked_arguments(_run_settings, run)
     trainer = config["trainer"]
     for name in OURS:
         if trainer[name] not in (None, False, True if name == "use_distributed_sampler" else None):
@@ -227,8 +228,8 @@ def check_settings(config: dict[str, Any], module: type, data: type) -> None:
     checked_arguments(*_class_and_arguments(config["data"], data), "data.")
 
 
-def _run_folder(output: Path, seed_everything: Seed) -> None:
-    """The settings that are neither the trainer's nor a class'."""
+def _run_settings(output: Path, seed_everything: Seed) -> None:
+    """Declares the types of the settings that are neither the trainer's nor a class'."""
 
 
 def _class_and_arguments(setting: dict[str, Any], default: type) -> tuple[type, dict[str, Any]]:

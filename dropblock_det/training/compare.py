@@ -29,9 +29,8 @@ from dropblock_det.comparison.plan import (
     training_arguments,
 )
 from dropblock_det.comparison.runner import Runner, epochs_done
-from dropblock_det.errors import InputError, disk_errors
+from dropblock_det.errors import InputError
 from dropblock_det.report.page import write_report
-from dropblock_det.report.words import number
 from dropblock_det.runs.record import Record
 from dropblock_det.shipped import config_file, settings_folder
 
@@ -94,8 +93,7 @@ def run(
     overrides = ["--trainer.enable_progress_bar", "false", *OVERRIDES]
     plan = make_plan(config, files, seeds, overrides, vary_subset)
     root = runs or Path("runs") / f"compare_{config.stem}"
-    with disk_errors(root):
-        record_plan(root, plan)
+    record_plan(root, plan)
     chosen = [Run(s, n) for n in plan.seeds for s in files if only in (None, s) and seed in (None, n)]
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -120,8 +118,7 @@ def run(
                 )
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to say Ctrl-C
-        with disk_errors(root):
-            runner.work(on_progress)
+        runner.work(on_progress)
         on_progress()
     report(root)
     if {Run(absent.setting, absent.seed) for absent in gather(root).absent} & {*chosen}:
@@ -132,7 +129,7 @@ def print_result(run: Run, record: Record) -> None:
     """Prints a run's last epoch, or why it failed."""
     if record.finished:
         last = record.epochs[-1] if record.epochs else {}
-        values = "  ".join(f"{m.name} {number(m, last.get(m.name))}" for m in record.metrics)
+        values = "  ".join(f"{m.name} {m.format(last.get(m.name))}" for m in record.metrics)
         console.print(Text("finished", "green"), f"{run}  {values}")
     else:
         console.print(Text("failed", "red"), f"{run}\n  {record.reason}")
@@ -147,13 +144,12 @@ def report(runs: Path, output: Path | None = None, last: Count = 1) -> None:
         last: How many of the last epochs to average: steadier than the very last.
     """
     output = output or runs / "report"
-    with disk_errors(output):
-        result = write_report(runs, output, last)
+    result = write_report(runs, output, last)
     names = result.leading[:4]  # more don't fit a terminal; the report has all
     metrics = [result.columns[name].metric for name in names]
     table = Table(Column("setting", no_wrap=True), "seeds", *(metric.title for metric in metrics))
     for row in result.results:
-        cells = (number(m, row.cells[m.name].mean, row.cells[m.name].sd) for m in metrics)
+        cells = (m.format(row.cells[m.name].mean, row.cells[m.name].sd) for m in metrics)
         table.add_row(row.setting, str(len(row.finished)), *cells)
     console.print(table)
     for name in names[:2]:

@@ -13,6 +13,7 @@ from dropblock_det.errors import InputError
 from dropblock_det.files import check_replaceable, write_figure, write_json
 from dropblock_det.report.breakdown import check_folder, write_breakdown
 from dropblock_det.runs.checkpoints import load_checkpoint
+from dropblock_det.tasks.detection.calibration import compare_with_single_pass
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.launch import refusals
 from dropblock_det.training.tasks import task_classes
@@ -21,7 +22,6 @@ from dropblock_det.training.uncertainty import (
     Samples,
     regularize_as_trained,
     reliability_figure,
-    uncertainty_figures,
 )
 
 
@@ -62,8 +62,8 @@ def evaluate(
             the highest F1.
 
     Returns:
-        The values by the metrics' names; with samples also mAP, AP50, calibration error and number of
-        detections of the ``single`` pass and the ``merged`` detections, and each uncertainty's AUROC.
+        The values by the metrics' names; with samples also those of :func:`compare_with_single_pass`, as
+        ``QUANTITY/single``, ``QUANTITY/merged`` and ``AUROC/UNCERTAINTY``.
 
     Raises:
         InputError: A checkpoint that is not ours or has other categories than the data, or no regularizer
@@ -73,35 +73,20 @@ def evaluate(
         raise InputError("--diagram: drawn from samples; give --samples too")
     if score is not None and report is None:
         raise InputError("--score: where --report counts detections; give --report too")
-    if report is not None:
-        check_folder(report)
-        for output in filter(None, (results, diagram)):
-            if report.resolve() in output.resolve().parents:
-                raise InputError(
-                    f"{output}: in the report's folder, which holds nothing else; give another name"
-                )
-    content = load_checkpoint(checkpoint)
-    if score is not None and content.get("task", "detection") != "detection":
-        raise InputError("--score: detectors alone have one; leave it out")
-    given: dict[str, Any] = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
-    given = {name: value for name, value in {**given, "batch_size": batch_size}.items() if value is not None}
-    data_class = task_of(content)[1]
-    if samples is not None and (content.get("task", "detection"), devices) != ("detection", 1):
-        raise InputError("--samples: for detectors, on one device")
-    trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
-    datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
     if samples is not None and diagram is None:
         diagram = (results or checkpoint).with_name("reliability.png")
-    if results is not None and results == diagram:
-        raise InputError(f"{results}: for the results and the diagram alike; give --diagram another name")
-    for output in filter(None, (results, diagram)):
+    outputs = [path for path in (results, diagram) if path is not None]
+    _check_outputs(outputs, report)
+    content = load_checkpoint(checkpoint)
+    is_detector = content.get("task", "detection") == "detection"
+    if score is not None and not is_detector:
+        raise InputError("--score: detectors alone have one; leave it out")
+    if samples is not None and (not is_detector or devices != 1):
+        raise InputError("--samples: for detectors, on one device")
+    given = {"root": data and str(data), "val_images": images, "val_annotations": annotations}
+    datamodule = _validation_data(content, checkpoint, {**given, "batch_size": batch_size})
+    for output in outputs:
         check_replaceable(output, checkpoint, *datamodule.val_files)
-    known, found = content["hyper_parameters"]["categories"], datamodule.val_categories
-    if found != known:
-        raise InputError(
-            f"{checkpoint}: trained on {_categories(known)}, but {datamodule.root} has "
-            f"{_categories(found)}; give --data with the categories of the training"
-        )
     module = rebuilt(content, checkpoint)
     sampling = None
     if samples is not None:
@@ -120,29 +105,56 @@ def evaluate(
     trainer.validate(module, datamodule, verbose=False)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     values = {name: value for name, value in logged.items() if not name.startswith("val_loss_")}  # its parts
-    if trainer.is_global_zero:
-        table = Table("metric", Column("value", justify="right"), title=str(checkpoint))
-        for name, value in values.items():
-            table.add_row(name, f"{value:.4f}")
-        PlainConsole().print(table)
-        predictions = module.predictions
-        if sampling is not None and diagram is not None:
-            compared, areas, bins = uncertainty_figures(
-                datamodule.val_coco, sampling.image_ids, module.predictions, sampling.results
-            )
-            _print_uncertainty(compared, areas, sampling)
-            values |= {f"{name}/{of}": value for name, both in compared.items() for of, value in both.items()}
-            values |= {f"AUROC/{name}": value for name, value in areas.items()}
-            predictions = sampling.results
-            write_figure(diagram, reliability_figure(bins))
-        if results is not None:
-            write_json(results, predictions)
-        if report is not None:
-            seen = f"{len(datamodule.val_dataset):,} images of {datamodule.root}"
-            if samples is not None:
-                seen += f", {samples} samples merged"
-            _write_report(report, module, predictions, score, str(checkpoint), seen)
+    if not trainer.is_global_zero:
+        return values
+    _print_values("metric", "value", values, str(checkpoint))
+    predictions, seen = module.predictions, f"{len(datamodule.val_dataset):,} images of {datamodule.root}"
+    if sampling is not None and diagram is not None:
+        values |= _compare_samples(datamodule.val_coco, sampling, predictions, diagram)
+        predictions, seen = sampling.results, f"{seen}, {samples} samples merged"
+    if results is not None:
+        write_json(results, predictions)
+    if report is not None:
+        _write_report(report, module, predictions, score, str(checkpoint), seen)
     return values
+
+
+def _check_outputs(outputs: list[Path], report: Path | None) -> None:
+    """Refuses one name for two files, and a report's folder that is not its own."""
+    if len({*outputs}) < len(outputs):
+        raise InputError(f"{outputs[0]}: for the results and the diagram alike; give --diagram another name")
+    if report is None:
+        return
+    check_folder(report)
+    for output in outputs:
+        if report.resolve() in output.resolve().parents:
+            raise InputError(f"{output}: in the report's folder, which holds nothing else; give another name")
+
+
+def _validation_data(content: dict[str, Any], checkpoint: Path, given: dict[str, Any]) -> Any:
+    """Builds the data module that a checkpoint was validated on, with what is given in place of its own.
+
+    Raises:
+        InputError: The data have other categories than the training's.
+    """
+    _, data_class = task_of(content)
+    given = {name: value for name, value in given.items() if value is not None}
+    trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
+    datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
+    known, found = content["hyper_parameters"]["categories"], datamodule.val_categories
+    if found != known:
+        raise InputError(
+            f"{checkpoint}: trained on {_categories(known)}, but {datamodule.root} has "
+            f"{_categories(found)}; give --data with the categories of the training"
+        )
+    return datamodule
+
+
+def _print_values(name: str, value: str, values: dict[str, float], title: str) -> None:
+    table = Table(name, Column(value, justify="right"), title=title)
+    for row, number in values.items():
+        table.add_row(row, f"{number:.4f}")
+    PlainConsole().print(table)
 
 
 def _write_report(
@@ -157,21 +169,21 @@ def _write_report(
     console.print(f"report  {page}")
 
 
-def _print_uncertainty(
-    compared: dict[str, dict[str, float]], areas: dict[str, float], sampling: Samples
-) -> None:
+def _compare_samples(
+    coco: Any, sampling: Samples, single: list[dict[str, Any]], diagram: Path
+) -> dict[str, float]:
+    """Prints and draws what the samples change, and returns it by name."""
+    compared, areas, bins = compare_with_single_pass(coco, sampling.image_ids, single, sampling.results)
     table = Table("", *(Column(name, justify="right") for name in ("single", "merged")))
     table.title = f"the single pass, and {sampling.samples} samples merged"
     for name, both in compared.items():
-        table.add_row(
-            name, *(f"{value:.0f}" if name == "detections" else f"{value:.4f}" for value in both.values())
-        )
-    console = PlainConsole()
-    console.print(table)
-    table = Table("uncertainty", Column("AUROC", justify="right"), title="tells wrong from right detections")
-    for name, value in areas.items():
-        table.add_row(name, f"{value:.4f}")
-    console.print(table)
+        digits = 0 if name == "detections" else 4
+        table.add_row(name, *(f"{value:.{digits}f}" for value in both.values()))
+    PlainConsole().print(table)
+    _print_values("uncertainty", "AUROC", areas, "tells wrong from right detections")
+    write_figure(diagram, reliability_figure(bins))
+    values = {f"{name}/{of}": value for name, both in compared.items() for of, value in both.items()}
+    return values | {f"AUROC/{name}": value for name, value in areas.items()}
 
 
 def rebuilt(content: dict[str, Any], checkpoint: Path) -> TaskModule:

@@ -23,13 +23,8 @@ from dropblock_det.runs.folder import TRAINING_LOCK
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.allowed import PACKAGES
 
-RANKS = (
-    "RANK",
-    "LOCAL_RANK",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "SLURM_PROCID",
-)  # all 0 or absent in the first process
+# All 0 or absent in the first process.
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 # What every training logs beside its task's metrics: names, as a regular expression.
 LOGGED = r"(val_)?loss(_.+)?|(p|drop_share)(/.+)?|lr|data_wait_s|loss_scale|skipped_steps"
 # What torch refuses in the middle of a step, and which settings change that.
@@ -80,7 +75,7 @@ def sole_use(folder: Path) -> Iterator[None]:
 
 
 class Sound(Callback):
-    """Refuses a training that would end without a result, and ends one whose weights are no numbers."""
+    """Refuses a training that would end without a result, and ends one whose weights are not finite."""
 
     def __init__(self) -> None:
         self._validated = False
@@ -129,10 +124,10 @@ class Sound(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so where a limit ended the run without a result, before it counts as finished.
+        """Refuses to count a run as finished that a limit ended before its first validation.
 
         Raises:
-            InputError: They did.
+            InputError: That happened.
         """
         if not self._validated and not trainer.interrupted:
             raise InputError(
@@ -180,7 +175,7 @@ def fit(trainer: Trainer, model: LightningModule, data: Any, checkpoint: Path | 
     Exit status 143 after SIGTERM, 130 after Ctrl-C, 1 when another process has died.
     """
     go_on = f"--resume {folder} goes on from the last epoch"
-    # All processes log the same figures, which each has from the first: there is nothing to average.
+    # All processes log the same values, which each has from the first: there is nothing to average.
     warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)

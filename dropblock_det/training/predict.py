@@ -110,7 +110,7 @@ def predict_files(
     root, files = _files(images, pictures)
     check_replaceable(results, checkpoint, *files)
     model = load_model(checkpoint, device)
-    pictures.mkdir(parents=True, exist_ok=True)  # or say so before minutes are spent
+    pictures.mkdir(parents=True, exist_ok=True)  # or fail before minutes are spent
     categories = model.hparams["categories"]
     names = {category["id"]: category["name"] for category in categories}
     rows: list[dict[str, Any]] = []

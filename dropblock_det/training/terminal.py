@@ -18,11 +18,10 @@ from rich.table import Table
 from dropblock_det.callbacks import Regularize
 from dropblock_det.commands import PlainConsole, started_as
 from dropblock_det.runs.folder import best_checkpoint
-from dropblock_det.runs.record import Epoch, read_record
+from dropblock_det.runs.record import read_record
 from dropblock_det.runs.recorder import RunRecord
-from dropblock_det.tasks.metric import Metric
 
-# What Lightning says of itself and of other products. None of it is about the user's data or settings.
+# Lightning's messages about itself and other products. None is about the user's data or settings.
 NOISE = (
     "💡 Tip",
     "`weights_only` was not set",
@@ -72,7 +71,7 @@ def shows_a_bar(wanted: bool | None) -> bool:
 
 
 class Bar(RichProgressBar):
-    """Lightning's, with figures that the host has: it shows none for which it would wait for the device."""
+    """Lightning's, with values that are on the host: it shows none for which it would wait for the device."""
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
         """Adds the loss of the step before."""
@@ -98,7 +97,7 @@ class Story(Callback):
         self._estimated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Says what is trained, on what, and where the results go."""
+        """Prints what is trained, on what, and where the results go."""
         if not trainer.is_global_zero:
             return
         name = pl_module.hparams.get("name", type(pl_module).__name__)
@@ -120,7 +119,7 @@ class Story(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Says once how long the training will take."""
+        """Prints once how long the training will take."""
         now = time.perf_counter()
         self._steps += 1
         if self._steps == 0:
@@ -136,22 +135,16 @@ class Story(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Prints the epoch's line, and sets aside the time of the validation."""
-        self._estimated = True  # from here on the epochs say it
+        self._estimated = True  # from here on the epochs' lines show it
         if not (self.lines and trainer.is_global_zero):
             return
         epoch = self.recorder.epochs[-1]
         number, last = (epoch["epoch"] or 0) + 1, trainer.max_epochs or -1
-        values = [f"{metric.title} {shown(metric, epoch)}" for metric in pl_module.metrics]
+        values = [f"{metric.title} {metric.format(epoch.get(metric.name))}" for metric in pl_module.metrics]
         times = [duration(epoch["wall_s"] or 0)]
         if last > number:
             times.append(f"about {duration((last - number) * (epoch['wall_s'] or 0))} left")
         _print("  ".join([f"epoch {number}{f'/{last}' if last > 0 else ''}", *values, ", ".join(times)]))
-
-
-def shown(metric: Metric, epoch: Epoch) -> str:
-    """Returns a metric's value in an epoch as people read it."""
-    value = epoch.get(metric.name)
-    return "-" if value is None else f"{metric.scale * value:.{metric.digits}f}"
 
 
 def duration(seconds: float) -> str:
@@ -172,7 +165,7 @@ def print_result(folder: Path) -> None:
     best = record.best(record.headline)
     for name, epoch in (("best", best), ("last", record.epochs[-1])):
         if epoch:
-            values = (shown(metric, epoch) for metric in record.metrics)
+            values = (metric.format(epoch.get(metric.name)) for metric in record.metrics)
             table.add_row(f"{name} ({(epoch['epoch'] or 0) + 1})", *values)
     console = PlainConsole()
     console.print(table)

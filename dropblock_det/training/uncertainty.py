@@ -1,4 +1,4 @@
-"""What ``evaluate --samples`` adds: detections merged from samples, and figures on their uncertainty."""
+"""What ``evaluate --samples`` adds: detections merged from samples, and a picture of their calibration."""
 
 import functools
 import math
@@ -15,20 +15,13 @@ from dropblock_det.errors import InputError
 from dropblock_det.inject.backbones import walk
 from dropblock_det.inject.inject import install
 from dropblock_det.layers import REGULARIZERS, make_regularizer
-from dropblock_det.tasks.detection.calibration import Reliability, auroc, reliability, right_at_50
-from dropblock_det.tasks.detection.coco_eval import coco_evaluation, detections_to_coco, metrics_of
+from dropblock_det.tasks.detection.calibration import Reliability
+from dropblock_det.tasks.detection.coco_eval import detections_to_coco
 from dropblock_det.tasks.detection.uncertainty import mc_detections
-
-UNCERTAINTIES = {
-    "1 - share found": lambda result: 1 - result["found_share"],
-    "corner spread": lambda result: result["corner_spread"],
-    "1 - mean score": lambda result: 1 - result["score"],
-}
-"""What is read from a merged result; ``None`` where one sample alone found the object."""
 
 
 def regularize_as_trained(module: LightningModule, content: dict[str, Any], checkpoint: Path) -> None:
-    """Puts the regularizers of the training into a module, as the checkpoint says.
+    """Puts the regularizers of the training into a module, as the checkpoint has them.
 
     Raises:
         InputError: There was none, it was a class of one's own, or it does not fit the module.
@@ -87,38 +80,6 @@ class Samples(Callback):
                 known = None if math.isnan(spread) else spread
                 self.results.append({**result, "found_share": share, "corner_spread": known})
         self.image_ids += ids
-
-
-def uncertainty_figures(
-    coco: Any, image_ids: list[int], single: list[dict[str, Any]], merged: list[dict[str, Any]]
-) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, Reliability]]:
-    """Compares the merged detections with those of the single deterministic pass.
-
-    Args:
-        coco: The annotations.
-        image_ids: The validated images.
-        single: Detections in COCO's format.
-        merged: Likewise, by :class:`Samples`.
-
-    Returns:
-        Quantity -> its value for ``single`` and ``merged``; uncertainty -> its AUROC; and the reliability of
-        both.
-    """
-    compared: dict[str, dict[str, float]] = {}
-    bins, rows = {}, []
-    for name, results in (("single", single), ("merged", merged)):
-        evaluation = coco_evaluation(coco, results, image_ids)
-        rows = right_at_50(evaluation, results)
-        bins[name] = reliability([result["score"] for result, _ in rows], [right for _, right in rows])
-        metrics = metrics_of(evaluation)
-        values = {"mAP": metrics["mAP"], "AP50": metrics["AP50"], "calibration error": bins[name].error}
-        for quantity, value in {**values, "detections": float(len(results))}.items():
-            compared.setdefault(quantity, {})[name] = value
-    areas = {}
-    for name, of in UNCERTAINTIES.items():
-        known = [(of(result), right) for result, right in rows if of(result) is not None]
-        areas[name] = auroc([value for value, _ in known], [right for _, right in known])
-    return compared, areas, bins
 
 
 def reliability_figure(bins: dict[str, Reliability]) -> Figure:

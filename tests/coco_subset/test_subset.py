@@ -19,10 +19,11 @@ from dropblock_det.coco_subset.choose import Options, category_ids, choose, read
 from dropblock_det.coco_subset.extract import extract, read_images
 from dropblock_det.coco_subset.json_stream import read_entries
 from dropblock_det.coco_subset.manifest import Fetched, Manifest, Part, read_manifest
-from dropblock_det.coco_subset.summary import SIZES, plot, summarize
+from dropblock_det.coco_subset.summary import SIZES, class_figure, summarize
 from dropblock_det.coco_subset.tool import show
 from dropblock_det.commands import PlainConsole
 from dropblock_det.errors import InputError
+from dropblock_det.files import write_figure
 
 
 def entries_of(text: bytes) -> list[tuple[str, Any]]:
@@ -415,9 +416,11 @@ def test_summary_counts(tmp_path):
     }  # fmt: skip
     assert summary.images_with == {"thing 0": 1, "thing 1": 1, "thing 2": 0, "thing 3": 0, "thing 4": 0}
     assert summary.licenses.total() == 4
-    picture = plot({"train": summary, "val": summary})
+    for name in ("a.png", "b.png"):
+        write_figure(tmp_path / name, class_figure({"train": summary, "val": summary}))
+    picture = (tmp_path / "a.png").read_bytes()
     assert picture[:4] == b"\x89PNG"
-    assert picture == plot({"train": summary, "val": summary})
+    assert picture == (tmp_path / "b.png").read_bytes()
 
 
 HOSTILE = ["a[/b]c", r"$\frac{$", "[red]x", "日本", "x" * 400, "_^{", "<b>"]

@@ -12,7 +12,7 @@ from support.changes import anything, places, replace_somewhere
 from dropblock_det.datasets.annotations import MAX_BOXES_PER_IMAGE
 from dropblock_det.datasets.coco_dataset import CocoDataset
 from dropblock_det.errors import InputError
-from dropblock_det.tasks.detection.coco_eval import coco_metrics
+from dropblock_det.tasks.detection.coco_eval import coco_evaluation, metrics_of
 
 # --- The bytes of the annotations ---
 
@@ -235,5 +235,5 @@ def test_any_change_of_the_annotations_is_named_or_read(place, value, content, w
         assert (boxes[:, 2:] - boxes[:, :2] > 0.09).all()
         assert (boxes[:, 2:] <= torch.tensor([image.shape[2], image.shape[1]])).all()
         assert ((labels >= 1) & (labels <= 2)).all()
-    figures = coco_metrics(dataset.annotations.index(), [], dataset.ids)
+    figures = metrics_of(coco_evaluation(dataset.annotations.index(), [], dataset.ids))
     assert all(value == 0 or np.isnan(value) for value in figures.values())

@@ -10,7 +10,8 @@ from torch import nn
 from dropblock_det.errors import InputError
 from dropblock_det.inject.backbones import walk
 from dropblock_det.inject.blocks import runs_in_order
-from dropblock_det.inject.placement import find_sites, is_channels_last
+from dropblock_det.inject.layout import has_channels_last
+from dropblock_det.inject.placement import find_sites
 from dropblock_det.torchvision_models import build_without_weights
 
 
@@ -152,7 +153,7 @@ def test_channels_last_is_said_of_the_maps_that_are(name):
     model.eval()(torch.rand(2, 3, 64, 64, device=next(model.parameters()).device))
     maps = {site: shape for site, shape in shapes.items() if len(shape) == 4 and shape[0] == 2}
     assert len(maps) > 50
-    assert {site: is_channels_last(modules, site) for site in maps} == {
+    assert {site: has_channels_last(modules, site) for site in maps} == {
         site: shape[-1] > shape[1] for site, shape in maps.items()
     }
     assert {True, False} <= {shape[-1] > shape[1] for shape in maps.values()}

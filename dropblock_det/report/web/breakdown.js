@@ -33,7 +33,8 @@ function startExamples() {
     i => { state.shown = i; draw(); });
   const boxes = shown.flatMap(([, images]) => images).flatMap(image => image.marks).filter(mark => mark.bbox);
   const kinds = Object.keys(data.looks).filter(kind => boxes.some(mark => mark.kind === kind));
-  $("keys").replaceChildren(...kinds.map(swatch), ...(kinds.length ? ["Dashed: the truth."] : []), " Click an image to enlarge it.");
+  $("keys").replaceChildren(...kinds.map(swatch), ...(kinds.length ? ["Dashed: the truth."] : []),
+    " Click an image to enlarge it.");
   $("cards").classList.toggle("small", !boxes.length);
   draw();
 }
@@ -56,7 +57,7 @@ function startCurves() {
 
 function drawMatrix() {
   const { categories, nothing, totals, cells } = data.confusion;
-  const rows = [...categories, ...(nothing ? [nothing[0]] : [])], columns = [...categories, ...(nothing ? [nothing[1]] : [])];
+  const [rows, columns] = nothing ? nothing.map(name => [...categories, name]) : [categories, categories];
   const short = name => name.length > 18 ? name.slice(0, 17) + "…" : name;
   const room = 14 + 7.4 * Math.max(...[...rows, ...columns].map(name => short(name).length));
   const fits = ($("confusion").clientWidth - 50 - room) / columns.length;
@@ -64,18 +65,18 @@ function drawMatrix() {
   const width = room + size * columns.length + 4, height = room + size * rows.length + 4;
   const chart = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": "Confusion matrix", style: `max-width:none;--size:${Math.min(13, size + 1)}px` });
-  const middle = i => room + (i + .5) * size;
+  const edge = i => room + i * size, middle = i => edge(i + .5);
   rows.forEach((name, i) => chart.append(
     svg("text", { class: "axis-name", x: room - 6, y: middle(i) + 4, "text-anchor": "end" }, short(name))));
   columns.forEach((name, i) => chart.append(svg("text", { class: "axis-name", "text-anchor": "start",
     transform: `translate(${middle(i) + 4} ${room - 6}) rotate(-90)` }, short(name))));
   for (let i = 0; i <= rows.length; i++) chart.append(
-    svg("line", { class: "grid", x1: room, x2: room + size * columns.length, y1: room + i * size, y2: room + i * size }),
-    svg("line", { class: "grid", y1: room, y2: room + size * rows.length, x1: room + i * size, x2: room + i * size }));
+    svg("line", { class: "grid", x1: room, x2: edge(columns.length), y1: edge(i), y2: edge(i) }),
+    svg("line", { class: "grid", y1: room, y2: edge(rows.length), x1: edge(i), x2: edge(i) }));
   for (const [r, c, count] of cells) {
     const part = count / totals[r], right = r === c && r < categories.length;
-    const box = svg("rect", { x: room + c * size + .5, y: room + r * size + .5, width: size - 1, height: size - 1, rx: 2,
-      style: `fill:${right ? "var(--good)" : "var(--bad)"}`, opacity: .1 + .85 * part });
+    const box = svg("rect", { x: edge(c) + .5, y: edge(r) + .5, rx: 2, width: size - 1,
+      height: size - 1, style: `fill:${right ? "var(--good)" : "var(--bad)"}`, opacity: .1 + .85 * part });
     box.onpointermove = event => showTip(event, html("b", {}, `${rows[r]} → ${columns[c]}`),
       html("div", {}, html("span", {}, "count"), html("span", {}, count)),
       html("div", {}, html("span", {}, "of the row"), html("span", {}, (100 * part).toFixed(1) + " %")));

@@ -34,7 +34,8 @@ function lineChart(title, lines, { domain, axis = "epoch", whole = true } = {}) 
     const here = places.reduce((a, b) => Math.abs(x(b) - px) < Math.abs(x(a) - px) ? b : a);
     for (const end of ["x1", "x2"]) cross.setAttribute(end, x(here));
     cross.setAttribute("visibility", "visible");
-    showValues(event, `${axis} ${whole ? here : here.toFixed(2)}`, lines.map(l => [l, l.points.find(p => p.x === here)]));
+    showValues(event, `${axis} ${whole ? here : here.toFixed(2)}`,
+      lines.map(l => [l, l.points.find(p => p.x === here)]));
   });
   chart.addEventListener("pointerleave", () => { hideTip(); cross.setAttribute("visibility", "hidden"); });
   box.append(chart);

@@ -1,4 +1,4 @@
-"""The classification task's module: cross-entropy, and accuracy in all and per class."""
+"""The classification task's module: cross-entropy, and accuracy over all images and per class."""
 
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class ClassificationModule(TaskModule):
         return [{"scores": score, "labels": label} for score, label in zip(scores, labels, strict=True)]
 
     def evaluate(self, image_ids: list[int], predictions: list[Prediction]) -> Evaluation:
-        """Accuracy in all and, as ``accuracy/CLASS``, of each class; a class without images has NaN."""
+        """Accuracy over all images and, as ``accuracy/CLASS``, of each class; NaN where it has no images."""
         names = [category["name"] for category in self.hparams["categories"]]
         labels, predicted = (torch.tensor([p[key] for p in predictions]) for key in ("label", "predicted"))
         right, images = (

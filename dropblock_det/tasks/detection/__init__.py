@@ -1,4 +1,7 @@
-"""Box detection: torchvision's detectors, losses and detections from one pass, COCO's metrics, pictures."""
+"""Box detection: torchvision's detectors, losses and detections from one pass, COCO's metrics, pictures.
+
+Knows no other task, and nothing of runs and reports.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,11 +11,11 @@ if TYPE_CHECKING:
     from dropblock_det.tasks.detection.uncertainty import mc_detections
 
 __all__ = ["losses_and_detections", "mc_detections"]
-_ROOMS = {"losses_and_detections": "eval_losses", "mc_detections": "uncertainty"}
+_HOMES = {"losses_and_detections": "eval_losses", "mc_detections": "uncertainty"}
 
 
 def __getattr__(name: str) -> Any:
-    # What draws pictures or computes COCO's figures does without torchvision.
+    # Drawing pictures and computing COCO's metrics needs no torchvision.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -9,10 +9,15 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dropblock_det.datasets.coco import CocoDataset
+from dropblock_det.datasets.coco_dataset import CocoDataset
 from dropblock_det.tasks.breakdown import Breakdown, Confusion, Part, Table, share
-from dropblock_det.tasks.detection.coco_eval import coco_evaluation, metrics_of
-from dropblock_det.tasks.detection.curves import category_names, category_values, precision_recall
+from dropblock_det.tasks.detection.coco_eval import (
+    category_names,
+    category_values,
+    coco_evaluation,
+    metrics_of,
+)
+from dropblock_det.tasks.detection.curves import precision_recall
 from dropblock_det.tasks.detection.errors import (
     DETECTIONS,
     OBJECTS,
@@ -65,7 +70,7 @@ CONFUSION = (
     "from 0.5 on, and so forth; each object counts once."
 )
 NOTES = (
-    "AP, AP50, AR and the curves are pycocotools' own figures: all scores, a category's best 100 detections "
+    "AP, AP50, AR and the curves are pycocotools' own: all scores, a category's best 100 detections "
     "in an image, objects of all sizes, crowd regions ignored.",
     "All else counts the detections from one score on. Which are right is pycocotools' word, too: it matches "
     "a detection with an object of its category from an IoU of 0.5 on, the highest score first.",

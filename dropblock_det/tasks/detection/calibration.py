@@ -1,4 +1,4 @@
-"""How far scores can be trusted: calibration, and what an uncertainty tells of right and wrong detections."""
+"""How far scores can be trusted: calibration, and how well an uncertainty separates right from wrong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,16 @@ from numpy.typing import NDArray
 from pycocotools.cocoeval import COCOeval
 from scipy.stats import rankdata
 
-from dropblock_det.tasks.detection.coco_eval import matched_images, outcomes_of
+from dropblock_det.tasks.detection.coco_eval import coco_evaluation, matched_images, metrics_of, outcomes_of
 
 Floats = NDArray[np.float64]
+
+UNCERTAINTIES = {
+    "1 - share found": lambda result: 1 - result["found_share"],
+    "corner spread": lambda result: result["corner_spread"],
+    "1 - mean score": lambda result: 1 - result["score"],
+}
+"""What is read from a merged result; ``None`` where one sample alone found the object."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def auroc(uncertainty: Any, right: Any) -> float:
         right: (n,) bool.
 
     Returns:
-        From 0 to 1, the area under the ROC curve; 0.5 tells nothing. NaN where all are right or all wrong.
+        From 0 to 1, the area under the ROC curve; 0.5 is chance. NaN where all are right or all wrong.
     """
     right = np.asarray(right, bool)
     wrong, others = int((~right).sum()), int(right.sum())
@@ -89,3 +96,35 @@ def right_at_50(evaluation: COCOeval, results: Sequence[dict[str, Any]]) -> list
         for number, hit, ignored in zip(numbers, outcomes.hit[:, 0], outcomes.ignored[:, 0], strict=True)
         if not ignored
     ]
+
+
+def compare_with_single_pass(
+    coco: Any, image_ids: list[int], single: list[dict[str, Any]], merged: list[dict[str, Any]]
+) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, Reliability]]:
+    """Compares the merged detections with those of the single deterministic pass.
+
+    Args:
+        coco: The annotations.
+        image_ids: The validated images.
+        single: Detections in COCO's format.
+        merged: Likewise, with ``found_share`` and ``corner_spread``.
+
+    Returns:
+        Quantity -> its value for ``single`` and ``merged``; uncertainty -> its AUROC; and the reliability of
+        both.
+    """
+    compared: dict[str, dict[str, float]] = {}
+    bins, rows = {}, []
+    for name, results in (("single", single), ("merged", merged)):
+        evaluation = coco_evaluation(coco, results, image_ids)
+        rows = right_at_50(evaluation, results)
+        bins[name] = reliability([result["score"] for result, _ in rows], [right for _, right in rows])
+        metrics = metrics_of(evaluation)
+        values = {"mAP": metrics["mAP"], "AP50": metrics["AP50"], "calibration error": bins[name].error}
+        for quantity, value in {**values, "detections": float(len(results))}.items():
+            compared.setdefault(quantity, {})[name] = value
+    areas = {}
+    for name, of in UNCERTAINTIES.items():
+        known = [(of(result), right) for result, right in rows if of(result) is not None]
+        areas[name] = auroc([value for value, _ in known], [right for _, right in known])
+    return compared, areas, bins

@@ -1,4 +1,4 @@
-"""Detections to COCO's twelve metrics, through pycocotools."""
+"""Detections to COCO's twelve metrics, of all categories and of each, through pycocotools."""
 
 import contextlib
 import gc
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -31,6 +32,7 @@ COCO_METRICS = (
     "AR_medium",
     "AR_large",
 )
+ALL_AREAS, MOST_DETECTIONS = 0, -1  # places in pycocotools' arrays
 
 
 def detections_to_coco(
@@ -120,6 +122,28 @@ def metrics_of(evaluation: COCOeval) -> dict[str, float]:
     }
 
 
+def category_names(evaluation: COCOeval) -> tuple[str, ...]:
+    """Returns the names of the evaluated categories, in their order."""
+    return tuple(found["name"] for found in evaluation.cocoGt.loadCats(evaluation.params.catIds))
+
+
+def category_values(evaluation: COCOeval) -> dict[str, NDArray[np.float64]]:
+    """Returns each category's ``AP``, ``AP50`` and ``AR`` (K,), as pycocotools gives them for it alone.
+
+    A category without objects has NaN.
+    """
+    precision = evaluation.eval["precision"][:, :, :, ALL_AREAS, MOST_DETECTIONS]
+    recall = evaluation.eval["recall"][:, :, ALL_AREAS, MOST_DETECTIONS]
+    of = {"AP": precision, "AP50": precision[:1], "AR": recall}
+
+    def value(array: Any, k: int) -> float:
+        known = array[..., k][array[..., k] > -1]  # summed in pycocotools' order
+        return float(np.mean(known)) if len(known) else np.nan
+
+    categories = range(len(evaluation.params.catIds))
+    return {name: np.array([value(array, k) for k in categories]) for name, array in of.items()}
+
+
 def matched_images(evaluation: COCOeval) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yields what pycocotools matched, of objects of all sizes, and the positions of category and image."""
     params = evaluation.params
@@ -152,7 +176,7 @@ def outcomes_of(evaluation: COCOeval) -> Outcomes:
     return Outcomes(
         columns={"mAP": tuple(range(thresholds)), "AP50": (0,), "AP75": (5,)},
         images=np.asarray(params.imgIds, np.int64),
-        categories=tuple(category["name"] for category in evaluation.cocoGt.loadCats(params.catIds)),
+        categories=category_names(evaluation),
         truths=truths,
         image=joined(image, np.zeros(0, np.int32)),
         category=joined(category, np.zeros(0, np.int32)),
@@ -160,8 +184,3 @@ def outcomes_of(evaluation: COCOeval) -> Outcomes:
         hit=joined(hit, no_rows),
         ignored=joined(ignored, no_rows),
     )
-
-
-def coco_metrics(coco: COCO, results: Sequence[dict[str, Any]], image_ids: Sequence[int]) -> dict[str, float]:
-    """Returns :func:`metrics_of` a :func:`coco_evaluation`."""
-    return metrics_of(coco_evaluation(coco, results, image_ids))

@@ -175,7 +175,7 @@ def _by_image(detections: np.ndarray, objects: np.ndarray) -> Iterator[tuple[sli
 
 
 def _kinds(iou: np.ndarray, own: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of an image's detections, by their IoUs (n, m) with its objects and which are of the same category."""
+    """An image's detections judged, from IoUs (n, m) with its objects and which are of the same category."""
     same, other = ((iou * pairs).max(1, initial=0) for pairs in (own, ~own))
     judged = {RIGHT: right, DOUBLE: same >= HIT, WRONG_CLASS: other >= HIT, WRONG_PLACE: same >= NEAR}
     return np.select(list(judged.values()), list(judged), BACKGROUND)

@@ -122,7 +122,7 @@ def _ssd(model: Any, seen: dict[str, Any], chosen: slice) -> Losses:
 
 
 def _rcnn(model: Any, seen: dict[str, Any], chosen: slice) -> Losses:
-    """Runs both stages again as in training, without computing anything that is known."""
+    """Runs both stages again as in training, and takes all outputs that are known already from ``seen``."""
     images, targets = seen["transform"]
     images, targets = ImageList(images.tensors[chosen], images.image_sizes[chosen]), targets[chosen]
     features = {name: level[chosen] for name, level in _levels(seen).items()}
@@ -133,10 +133,12 @@ def _rcnn(model: Any, seen: dict[str, Any], chosen: slice) -> Losses:
     second_stage = [torch.cat(output.split(counts)[chosen]) for output in seen["roi_heads.box_predictor"]]
     seeds = [int(target.get("image_id", 0)) for target in targets]
     rpn, heads = model.rpn, model.roi_heads
+    new_only = _NewBoxesOnly(heads, boxes[chosen], second_stage)
     with _changed(
         (rpn, "head", _Function(lambda _: first_stage)),
         (rpn, "anchor_generator", _Function(lambda *_: anchors)),
-        *_new_boxes_only(heads, boxes[chosen], second_stage),
+        (heads, "box_roi_pool", _Function(new_only.pool_new)),
+        (heads, "box_predictor", _Function(new_only.predict_all)),
         *((stage, "fg_bg_sampler", _seeded(stage.fg_bg_sampler, seeds)) for stage in (rpn, heads)),
         *((stage, "training", True) for stage in (rpn, heads)),  # of these alone, not of the layers in them
     ):
@@ -145,36 +147,38 @@ def _rcnn(model: Any, seen: dict[str, Any], chosen: slice) -> Losses:
     return {**second_losses, **first_losses}
 
 
-def _new_boxes_only(
-    heads: Any, known_boxes: Sequence[Tensor], known: Sequence[Tensor]
-) -> tuple[tuple[Any, str, Any], ...]:
-    """Changes by which the box head runs on boxes that it has not seen, and takes the others' outputs.
+class _NewBoxesOnly:
+    """Lets the box head run on the boxes that it has not seen, and takes the others' outputs as known.
 
     Args:
         heads: The second stage.
         known_boxes: Per image (n, 4).
         known: What the box predictor gave for all of them, one row per box.
     """
-    pool, predictor = heads.box_roi_pool, heads.box_predictor
-    rows = torch.empty(0)  # of each box among the known ones and, behind them, the new ones
 
-    def pool_new(features: Any, boxes: list[Tensor], sizes: Any) -> Any:
-        nonlocal rows
+    def __init__(self, heads: Any, known_boxes: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+        self.pool, self.predictor = heads.box_roi_pool, heads.box_predictor
+        self.known_boxes, self.known = known_boxes, known
+        self.rows = torch.empty(0)  # of each box, in the known outputs with the new ones behind them
+
+    def pool_new(self, features: Any, boxes: list[Tensor], sizes: Any) -> Any:
+        """Stands for the pooling: looks each box up, and pools for those that are not among the known."""
         found, before = [], 0
-        for some, others in zip(boxes, known_boxes, strict=True):
+        for some, others in zip(boxes, self.known_boxes, strict=True):
             same = (some[:, None] == others).all(dim=2)
             place = torch.cat((same, same.new_ones(len(some), 1)), dim=1).int().argmax(dim=1)
             found.append(torch.where(place < len(others), place + before, -1))
             before += len(others)
-        rows = torch.cat(found)
-        new = rows < 0
-        rows[new] = before + torch.arange(int(new.sum()), device=rows.device)
-        return pool(features, [b[f < 0] for b, f in zip(boxes, found, strict=True)], sizes)
+        self.rows = torch.cat(found)
+        new = self.rows < 0
+        self.rows[new] = before + torch.arange(int(new.sum()), device=new.device)
+        return self.pool(features, [b[f < 0] for b, f in zip(boxes, found, strict=True)], sizes)
 
-    def predict_all(pooled: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(both)[rows] for both in zip(known, predictor(pooled), strict=True))
-
-    return (heads, "box_roi_pool", _Function(pool_new)), (heads, "box_predictor", _Function(predict_all))
+    def predict_all(self, pooled: Any) -> tuple[Tensor, ...]:
+        """Stands for the predictor: its outputs for the new boxes, put among the known ones."""
+        return tuple(
+            torch.cat(both)[self.rows] for both in zip(self.known, self.predictor(pooled), strict=True)
+        )
 
 
 _FAMILIES: dict[type[nn.Module], tuple[tuple[str, ...], Callable[[Any, dict[str, Any], slice], Losses]]] = {
@@ -192,7 +196,7 @@ def _levels(seen: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class _Function(nn.Module):
-    """Stands for a module, which only another module can replace."""
+    """A function as a module: torch lets nothing else take a module's place."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -203,7 +207,7 @@ class _Function(nn.Module):
 
 
 def _seeded(sampler: Callable[..., Any], seeds: Sequence[int]) -> Callable[..., Any]:
-    """A sampler that draws for each image on its own, with the image's seed."""
+    """Makes a sampler draw for each image by itself, with the image's seed."""
 
     def sample(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         state = torch.get_rng_state()

@@ -150,7 +150,7 @@ def build_detector(
     """Builds one of torchvision's box detectors for given categories.
 
     The model is what torchvision's builder makes, with its state-dict keys. Where torchvision chooses the
-    backbone's norm layer for you (frozen if anything is pretrained), here it is said explicitly. Without any
+    backbone's norm layer for you (frozen if anything is pretrained), here it is an argument. Without any
     published weights the initialization is such that training from scratch gets going.
 
     Args:
@@ -234,7 +234,7 @@ def build_detector(
             RetinaNet_ResNet50_FPN_Weights.COCO_V1,
             FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
         ):
-            for module in model.modules():  # trained with eps 0, as torchvision's builders say
+            for module in model.modules():  # trained with eps 0, as in torchvision's builders
                 if isinstance(module, FrozenBatchNorm2d):
                     module.eps = 0.0
     return model

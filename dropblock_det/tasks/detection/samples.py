@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dropblock_det.datasets.coco import CocoDataset
+from dropblock_det.datasets.coco_dataset import CocoDataset
 from dropblock_det.datasets.images import read_image
 from dropblock_det.tasks.breakdown import Example, encoded
-from dropblock_det.tasks.detection.curves import category_names
+from dropblock_det.tasks.detection.coco_eval import category_names
 from dropblock_det.tasks.detection.errors import DETECTIONS, OBJECTS, Errors, f1_of
 from dropblock_det.tasks.evaluation import Mark, Sample
 

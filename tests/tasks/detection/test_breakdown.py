@@ -10,8 +10,8 @@ from pycocotools.cocoeval import COCOeval
 
 from dropblock_det.datasets.annotations import coco_index
 from dropblock_det.tasks.detection.breakdown import NO_SCORE, detection_breakdown
-from dropblock_det.tasks.detection.coco_eval import coco_evaluation, metrics_of
-from dropblock_det.tasks.detection.curves import category_values, precision_recall
+from dropblock_det.tasks.detection.coco_eval import category_values, coco_evaluation, metrics_of
+from dropblock_det.tasks.detection.curves import precision_recall
 from dropblock_det.tasks.detection.errors import (
     DETECTIONS,
     OBJECTS,

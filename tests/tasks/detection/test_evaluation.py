@@ -16,12 +16,16 @@ from dropblock_det.errors import InputError
 from dropblock_det.tasks.detection.coco_eval import (
     COCO_METRICS,
     coco_evaluation,
-    coco_metrics,
     detections_to_coco,
+    metrics_of,
     outcomes_of,
 )
 
 CATEGORIES = [{"label": 1, "id": 2, "name": "bicycle"}, {"label": 2, "id": 18, "name": "dog"}]
+
+
+def coco_metrics(coco, results, image_ids):
+    return metrics_of(coco_evaluation(coco, results, image_ids))
 
 
 def pycocotools_figures(annotations, results, image_ids=None):

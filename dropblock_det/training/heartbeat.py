@@ -1,4 +1,4 @@
-"""Several processes, perhaps on several machines: who is cut off from the others ends, and says so."""
+"""Several processes, perhaps on several machines: one that has lost the others ends with a message."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ INTERVAL_S, LIMIT_S = 5, 30
 ALIVE, DONE = b".", b"!"
 
 
-class Peers(Callback):
-    """Keeps a connection between the first process and every other, on which both say that they are alive.
+class Heartbeat(Callback):
+    """Keeps a connection between the first process and every other, on which both send signs of life.
 
-    A backend waits for a process that is cut off or hangs as long as its time limit, ten or thirty minutes;
-    it must, for it can't tell that from a long evaluation. A thread of its own can.
+    A backend cannot tell a process that is cut off, or hangs, from one with a long evaluation, and so waits
+    for as long as its time limit, ten or thirty minutes. A thread that only listens can tell.
 
     Args:
         folder: The run's folder, for the message.
@@ -61,7 +61,7 @@ class Peers(Callback):
             if DONE in heard:
                 return
             time.sleep(INTERVAL_S)
-            if not heard:  # it has died, and most backends have said so by now
+            if not heard:  # it has died, and most backends have ended this process by now
                 break
             silent_s = 0
         print(
@@ -73,11 +73,11 @@ class Peers(Callback):
         os._exit(1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Says goodbye: others may take longer to end."""
+        """Tells the others that this process is done: they may take longer."""
         self._goodbye()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says goodbye: this process ends with a line of its own."""
+        """Tells the others: this process ends with a message of its own."""
         self._goodbye()
 
     def _goodbye(self) -> None:

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: left out on the device, seen by the host one step later."""
+"""Losses and gradients that are not finite: left out by the device, reported by the host a step later."""
 
 import math
 from collections import deque
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Step:
-    """What the host knows of an optimizer step once its figures have arrived.
+    """What the host knows of an optimizer step once its numbers have arrived.
 
     Attributes:
         number: of the optimizer step, from 0.
@@ -32,14 +32,26 @@ class Step:
         """The batches with a loss that is not finite."""
         return [batch for batch in self.batches if not all(map(math.isfinite, batch[1].values()))]
 
+    def fault(self) -> str:
+        """Which losses on which images are not finite, or that only the gradients are not, and what helps."""
+        advice = "the last checkpoint is kept: lower model.lr, or set model.on_nonfinite=skip"
+        for image_ids, losses in self.nonfinite:
+            values = ", ".join(f"{name} {value}" for name, value in losses.items())
+            images = ", ".join(map(str, image_ids))
+            return f"the loss is not finite ({values}) on the images {images}; {advice}"
+        images = ", ".join(str(image_id) for image_ids, _ in self.batches for image_id in image_ids)
+        return (
+            f"the gradients are not finite, though this process's losses on the images {images} are; {advice}"
+        )
+
 
 @dataclass
 class _Copy:
-    """A step's figures on their way to the host."""
+    """A step's numbers on their way to the host."""
 
     number: int
     batches: list[tuple[list[int], list[str]]]
-    figures: Tensor
+    numbers: Tensor
     arrived: torch.cuda.Event | None
 
 
@@ -47,7 +59,8 @@ class _Copy:
 class Watch:
     """Carries the losses of each step to the host without waiting for the device.
 
-    What is asked for while the next step is already queued has arrived long ago, and the device goes on.
+    The host reads a step's losses when the next step is queued: by then they have arrived, and the device
+    has work to go on with.
     """
 
     _batches: list[tuple[list[int], list[str]]] = field(default_factory=list)
@@ -66,9 +79,9 @@ class Watch:
             number: of the optimizer step.
             left_out: scalar, 1 where the step changes no weight, else 0.
         """
-        figures = torch.stack([left_out, *self._losses])
-        on_gpu = figures.is_cuda
-        copy = _Copy(number, self._batches, figures.to("cpu", non_blocking=on_gpu), None)
+        numbers = torch.stack([left_out, *self._losses])
+        on_gpu = numbers.is_cuda
+        copy = _Copy(number, self._batches, numbers.to("cpu", non_blocking=on_gpu), None)
         if on_gpu:
             copy.arrived = torch.cuda.Event()
             copy.arrived.record()
@@ -76,17 +89,17 @@ class Watch:
         self._batches, self._losses = [], []
 
     def look(self, all_but: int) -> list[Step]:
-        """Returns the steps that were not returned before, without the newest few.
+        """Returns the steps that were not returned before, but for the newest ``all_but``.
 
         Args:
-            all_but: how many: with 1 nothing waits for the device, with 0 nothing is left.
+            all_but: with 1 nothing waits for the device, with 0 no step is left.
         """
         steps = []
         while len(self._copies) > all_but:
             copy = self._copies.popleft()
             if copy.arrived is not None:
                 copy.arrived.synchronize()
-            left_out, *values = copy.figures.tolist()
+            left_out, *values = copy.numbers.tolist()
             rest = iter(values)
             batches = [(ids, {name: next(rest) for name in names}) for ids, names in copy.batches]
             steps.append(Step(copy.number, bool(left_out), batches))

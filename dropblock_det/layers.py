@@ -70,10 +70,14 @@ class DropBlock2d(nn.Module):
             # A symbolic trace calls the layer, as it does torch.nn's, and so follows p and train().
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         p: float | Tensor = self._p
-        if self.training and recorded(x):
-            if self._p_tensor.device != x.device:  # a layer without parameters may never have been moved
-                self._p_tensor = self._p_tensor.to(x.device)
-            p = self._p_tensor
+        compiling = torch.compiler.is_compiling()
+        if self.training and (compiling or (isinstance(x, Tensor) and x.is_cuda)):
+            # A layer without parameters may never have been moved. A graph that is being captured can't move
+            # it, so the call that warms up does.
+            if self._p_tensor.device != x.device:
+                self._p_tensor = self._p_tensor.to(x.device) if compiling else self._p_on(x.device)
+            if compiling or torch.cuda.is_current_stream_capturing():
+                p = self._p_tensor  # what is recorded now runs again later, when p may be another
         return drop_block2d(x, p, self.block_size, self.training, self.per_channel, self.calibration)
 
     def _p_on(self, device: torch.device) -> Tensor:
@@ -111,13 +115,6 @@ def changing_many() -> Iterator[None]:
         if layers:
             torch._foreach_zero_([layer._p_tensor for layer in layers])
             torch._foreach_add_([layer._p_tensor for layer in layers], [layer.p for layer in layers])
-
-
-def recorded(x: Tensor) -> bool:
-    """Whether what is done now is done again later, when p may be another: compiled, or a CUDA graph."""
-    if torch.compiler.is_compiling():
-        return True
-    return isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _stochastic_depth(p: float, **dropblock: Any) -> nn.Module:

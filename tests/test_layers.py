@@ -173,6 +173,20 @@ def test_a_copy_is_independent(copied):
     assert other._p_tensor.item() == 0.5
 
 
+class OnAGpu(torch.Tensor):
+    """Says that it is on one."""
+
+    is_cuda = True
+
+
+def test_a_call_that_warms_up_moves_p_for_the_graph_that_is_captured_next(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    layer = DropBlock2d(0.3, 3)
+    layer._p_tensor = layer._p_tensor.to("meta")  # any other device
+    layer(torch.ones(1, 2, 9, 9).as_subclass(OnAGpu))
+    assert layer._p_tensor.item() == pytest.approx(0.3)
+
+
 def test_compiled_follows_p_without_recompilation():
     torch._dynamo.reset()
     layer = DropBlock2d(0.1, 3)

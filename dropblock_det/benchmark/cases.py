@@ -1,7 +1,7 @@
 """What is measured against one another: DropBlock implementations on one map, and in a training step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -74,6 +74,23 @@ def forward_backward(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tens
     torch.autograd.grad(function(x), x, grad)
 
 
+def working(
+    works: Mapping[str, Callable[[], None]], log: Callable[[str], None]
+) -> dict[str, Callable[[], None]]:
+    """Calls each work once and leaves out peers that fail: their fault is a finding, not ours."""
+    left = {}
+    for name, work in works.items():
+        try:
+            work()
+        except Exception as error:
+            if name == "none" or name.startswith("ours"):
+                raise
+            log(f"{name}: left out, it fails here: {error}")
+        else:
+            left[name] = work
+    return left
+
+
 def op_case(
     shape: tuple[int, ...],
     block_size: int,
@@ -89,31 +106,31 @@ def op_case(
     x = torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
     x.requires_grad_()
     grad = torch.randn_like(x)
-    works = {}
+    works: dict[str, Callable[[], None]] = {}
     for name, function in providers(p, block_size, device).items():
         if isinstance(function, str):
             log(f"{name}: left out, {function}")
-            continue
-        work = partial(forward_backward, function, x, grad)
-        try:
-            work()
-        except Exception as error:  # a peer's fault is a finding, not ours
-            if name.startswith("ours"):
-                raise
-            log(f"{name}: left out, it fails here: {error}")
-            continue
-        works[name] = work
+        else:
+            works[name] = partial(forward_backward, function, x, grad)
+    works = working(works, log)
     layout = " channels_last" if channels_last else ""
     setting = f"{str(dtype).removeprefix('torch.')}{layout} k={block_size} p={p:g}"
     return Case("op", setting, shape, device, BASELINE, works)
 
 
 def train_step_case(
-    size: tuple[int, int], batch: int, block_size: int, p: float, device: str, compiled: bool = False
+    size: tuple[int, int],
+    batch: int,
+    block_size: int,
+    p: float,
+    device: str,
+    compiled: bool = False,
+    log: Callable[[str], None] = print,
 ) -> Case:
     """Training steps of torchvision's RetinaNet R50-FPN with each regularizer at the ``paper`` placement.
 
-    ``compiled``: the backbone, by torch.compile.
+    ``compiled``: the backbone, by torch.compile; without torchvision's DropBlock, whose compilation takes the
+    longest. ``log`` gets why one is left out.
     """
     from torchvision.models.detection import retinanet_resnet50_fpn
     from torchvision.ops import DropBlock2d
@@ -146,12 +163,16 @@ def train_step_case(
 
         return step
 
+    if compiled:  # or the sizes of an earlier case, which the code is then general for, would cost time
+        torch._dynamo.reset()
     works = {
         "none": training_step(None),
         "ours": training_step(lambda: make_regularizer("dropblock", p, block_size)),
-        "F.dropout": training_step(lambda: make_regularizer("dropout", p)),
-        "torchvision": training_step(lambda: DropBlock2d(p, block_size)),
+        BASELINE: training_step(lambda: make_regularizer("dropout", p)),
     }
+    if not compiled:
+        works["torchvision"] = training_step(lambda: DropBlock2d(p, block_size))
+    works = working(works, log)
     dtype = "bfloat16" if device == "cuda" else "float32"
     setting = f"RetinaNet R50-FPN {dtype}{' compiled' if compiled else ''} k={block_size} p={p:g}"
     return Case("train-step", setting, (batch, 3, height, width), device, "none", works)

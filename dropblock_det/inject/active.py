@@ -62,7 +62,8 @@ def _apply(model: nn.Module, episode: _Episode) -> None:
     """Sets modes and ``p`` as the entries want them, the last one winning."""
     wanted = {regularizer: p for entry in episode.entries for regularizer, p in entry if p is not None}
     on = {regularizer for entry in episode.entries for regularizer, _ in entry}
-    for regularizer in episode.on - on:
+    elsewhere = {r for other in _episodes.values() if other is not episode for r in other.on}
+    for regularizer in episode.on - on - elsewhere:
         _kept_on.discard(regularizer)
         regularizer.eval()
     for regularizer in on - episode.on:

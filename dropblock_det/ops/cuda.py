@@ -72,11 +72,13 @@ def new_seed(device: torch.device) -> tuple[int | Tensor, int, int]:
 
 
 @lru_cache
-def unread(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What stands in the places of a tensor p and a tensor seed if they are numbers."""
-    return torch.empty((), dtype=torch.float32, device=device), torch.empty(
-        (), dtype=torch.int64, device=device
-    )
+def unread(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What stands in the place of a tensor p or seed that is a number.
+
+    Never made under ``torch.compile``, where both are tensors: CUDA graph trees refuse memory that was taken
+    while they record and is kept afterwards.
+    """
+    return torch.empty((), dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=1024)
@@ -122,11 +124,10 @@ def draw(
     reach = (kh, kw) if at_once else (1, 1)
     # The same compiled kernel takes numbers and tensors, so a graph being captured finds it loaded.
     low, high, offset = seed
-    no_p, no_seed = unread(device)
     launch(
         kernels.draw_mask, (), programs,
-        *((-1.0, p) if isinstance(p, Tensor) else (float(p), no_p)),
-        *((-1, 0, low) if isinstance(low, Tensor) else (low, high, no_seed)), offset,
+        *((-1.0, p) if isinstance(p, Tensor) else (float(p), unread(torch.float32, device))),
+        *((-1, 0, low) if isinstance(low, Tensor) else (low, high, unread(torch.int64, device))), offset,
         words, dropped, planes, height, width, kh, kw, *reach, halo, tiles,
         ROWS=rows, TILE=tile, warps=min(max(tile // 128, 1), 16),
     )  # fmt: skip

@@ -157,7 +157,7 @@ def draw_mask(
     TILE: tl.constexpr,  # pixels that a program draws at a time, with the halo
 ):  # fmt: skip
     """Draws a mask and counts its bits."""
-    p = tl.to_tensor(p)
+    p = tl.full([], p, tl.float32)  # the interpreter gives a Python number; tl.to_tensor is newer than 3.6
     if p < 0:
         p = tl.load(p_ptr)
     key = seed.to(tl.int64) | seed_high.to(tl.int64) << 31

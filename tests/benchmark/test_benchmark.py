@@ -71,10 +71,26 @@ def test_processes_are_busy_inside_and_gone_afterwards():
 
 
 def test_a_training_step_has_every_setting():
-    case = cases.train_step_case((64, 64), 2, 3, 0.1, "cpu")
+    case = cases.train_step_case((96, 96), 2, 3, 0.1, "cpu")
     assert list(case.works) == ["none", "ours", "F.dropout", "torchvision"]
     case.works["none"]()
     case.works["ours"]()
+
+
+def test_a_peer_that_fails_in_a_training_step_is_left_out():
+    """torchvision's block 3 becomes 2 on the last stage's maps of 2 x 2, and it refuses even ones."""
+    lines = []
+    case = cases.train_step_case((64, 64), 2, 3, 0.1, "cpu", log=lines.append)
+    assert list(case.works) == ["none", "ours", "F.dropout"]
+    assert [line.partition(",")[0] for line in lines] == ["torchvision: left out"]
+
+
+def test_compiled_the_defaults_are_one_case(monkeypatch):
+    measured = []
+    monkeypatch.setattr(tool, "measure_all", lambda cases, *_: measured.append(len(cases)))
+    for compiled in (False, True):
+        tool.train_step(compiled=compiled, device="cpu")
+    assert measured == [2, 1]
 
 
 def test_memory_counts_what_is_held_at_once():

@@ -286,6 +286,19 @@ def test_active_p_nested_and_after_an_exception(resnet):
     assert state_of(resnet) == before
 
 
+def test_active_nested_in_that_of_a_module_around_it(resnet):
+    """As where ``mc_detections`` samples the detector of an active LightningModule."""
+    around = nn.ModuleDict({"net": resnet})
+    handle = regularize_(around.eval(), make)
+    before = state_of(around)
+    with handle.active():
+        with handle_of(resnet).active(0.2):
+            assert resnet.layer3[0].bn1.regularizer.p == 0.2
+        around.eval()
+        assert resnet.layer3[0].bn1.regularizer.training
+    assert state_of(around) == before
+
+
 def test_active_in_threads_that_leave_in_any_order(resnet, x):
     handle = regularize_(resnet.eval(), make)
     before, stock = state_of(resnet), resnet(x)

@@ -204,6 +204,16 @@ def test_cuda_operator_passes_opcheck():
         torch.library.opcheck(cuda.draw_words, (p, seed, (70, 9, 7), block_size, "exact"))
 
 
+@interpreted
+def test_compiled_code_takes_no_memory_that_it_keeps(monkeypatch):
+    """CUDA graph trees refuse that."""
+    from dropblock_det.ops import cuda
+
+    monkeypatch.setattr(cuda, "unread", None)
+    words, _ = cuda.draw_words(torch.tensor(0.3), torch.tensor(5), (3, 9, 7), (3, 3), "paper")
+    assert words.any()
+
+
 def variants(every: bool):
     """Kernel, types of arguments, constants, warps."""
     from dropblock_det.ops import cuda_kernels

@@ -7,6 +7,7 @@ import pytest
 import torchvision
 import yaml
 from support.tiny_run import ROOT, arguments, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dropblock_det.errors import InputError
 from dropblock_det.inject.inject import regularize_
@@ -43,7 +44,10 @@ def test_factors_a_schedule_and_a_class_of_ones_own(scenes, tmp_path, monkeypatc
     assert second == {"layer3": 0.0, "layer4": 0.0}, "off after half of the training"
     recorded = json.loads((output / "record.json").read_text())["epochs"]
     site = next(name for name in recorded[0] if name.endswith("layer4.2.bn3"))
-    assert [epoch[site] for epoch in recorded] == pytest.approx([first["layer4"], second["layer4"]])
+    expected = pytest.approx([first["layer4"], second["layer4"]])
+    assert [epoch[site] for epoch in recorded] == expected
+    board = EventAccumulator(str(output / "logs/version_0")).Reload()
+    assert [scalar.value for scalar in board.Scalars(site)] == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.tiny_run import ROOT, arguments, train
+from PIL import Image
+from support.tiny_run import ROOT, train
 
 from dropblock_det.training.precision import resolve_precision
 
@@ -52,8 +53,16 @@ def test_every_shipped_config_asks_for_it():
     assert all(yaml.safe_load(file.read_text())["trainer"]["precision"] == "auto" for file in configs)
 
 
-def test_a_run_keeps_the_precision_that_it_began_with(scenes, tmp_path, monkeypatch, capsys, line_of):
+def test_a_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypatch, capsys, line_of):
     """On a machine of another kind it goes on in its own, or is refused: it never changes silently."""
+    # A small classifier: without hardware for it, a detector takes minutes in bfloat16.
+    for part in ("train", "test"):
+        for name, color in (("dark", 40), ("bright", 200)):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16), (color,) * 3).save(tmp_path / "images" / part / name / "0.png")
+    config = ROOT / "configs" / "classification" / "cifar10_small_cnn.yaml"
+    settings = [f"--config={config}", "--data.source=folder", f"--data.root={tmp_path / 'images'}"]
+    settings += ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
     def written(folder: Path) -> set[str]:
         record = json.loads((folder / "record.json").read_text())
@@ -69,12 +78,12 @@ def test_a_run_keeps_the_precision_that_it_began_with(scenes, tmp_path, monkeypa
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX)
     with monkeypatch.context() as patch:
         patch.setattr("dropblock_det.runs.recorder.RunRecord.on_fit_end", lambda *_: None)  # not finished
-        train(arguments(scenes, folder), monkeypatch)
+        train([*settings, f"--output={folder}"], monkeypatch)
     assert "cpu, in bf16-mixed." in capsys.readouterr().out
     assert written(folder) == {"bf16-mixed"}
     (folder / "checkpoints" / "last-00001.ckpt").unlink()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: PLAIN)
-    line = line_of(lambda: train(arguments(scenes, folder), monkeypatch))
+    line = line_of(lambda: train([*settings, f"--output={folder}"], monkeypatch))
     assert "trainer.precision: 'bf16-mixed' before, '32-true' now" in line
     train([f"--resume={folder}"], monkeypatch)
     assert "epochs 2 to 2, cpu, in bf16-mixed." in capsys.readouterr().out

@@ -33,6 +33,7 @@ OWN = (
     "--regularize",
     "--print_config",
     "--help",
+    "-h",
 )
 SUBSET = "--data.train_subset_seed"
 

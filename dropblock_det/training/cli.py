@@ -311,6 +311,7 @@ def command_line(words: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
         load_from_checkpoint_support=False,
         parser_kwargs={
             "exit_on_error": False,
+            "allow_abbrev": False,  # compare refuses some settings, and knows their whole names
             "prog": started_as("train"),
             "description": "Trains a model. --config takes a file or the name of a shipped config.",
         },

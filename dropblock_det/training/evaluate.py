@@ -89,7 +89,10 @@ def evaluate(
     if samples is not None and (content.get("task", "detection"), devices) != ("detection", 1):
         raise InputError("--samples: for detectors, on one device")
     trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
-    datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
+    try:
+        datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
+    except TypeError as error:
+        raise InputError(f"{checkpoint}: validation_data: {error}; give another checkpoint") from None
     if samples is not None and diagram is None:
         diagram = (results or checkpoint).with_name("reliability.png")
     if results is not None and results == diagram:

@@ -105,6 +105,7 @@ ODD = {
     "unknown weights": ("hyper_parameters.weights", "os.system", "weights: "),
     "no validation data": ("validation_data", REMOVED, "missing required field `validation_data`"),
     "validation data in a list": ("validation_data", [], "Expected `object`, got `array`"),
+    "no root": ("validation_data.root", REMOVED, "validation_data: "),
     "a root in figures": ("validation_data.root", 5, "root: got 5"),
     "a root with a NUL": ("validation_data.root", "a\0b", "a\\x00b"),
     "a subset below one": ("validation_data.val_subset", -1, "subset: got -1"),

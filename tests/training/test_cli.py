@@ -314,6 +314,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
         ("link", {}, "link: not a regular file, so it is not replaced"),
         ("the checkpoint", {}, "is read by the same command, so it is not replaced"),
         ("the annotations", {}, "is read by the same command, so it is not replaced"),
+        ("an image", {}, "is read by the same command, so it is not replaced"),
         ("x.json", {"accelerator": "nonsense"}, "trainer: You selected an invalid accelerator name"),
         ("x.json", {"devices": 0}, "trainer: `Trainer(devices=0)` value is not"),
     ],
@@ -322,11 +323,13 @@ def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run
     best = run / "checkpoints" / "best.ckpt"
     data = load_checkpoint(best)["validation_data"]
     annotations = Path(data["root"]) / data["val_annotations"]
+    image = next((Path(data["root"]) / data["val_images"]).iterdir())
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    path = {"the checkpoint": best, "the annotations": annotations}.get(results, tmp_path / results)
-    before = best.stat(), annotations.stat()
+    read = {"the checkpoint": best, "the annotations": annotations, "an image": image}
+    path = read.get(results, tmp_path / results)
+    before = [file.stat() for file in read.values()]
     assert message in line_of(lambda: evaluate(best, results=path, **{"accelerator": "cpu", **trainer}))
-    assert (best.stat(), annotations.stat()) == before
+    assert [file.stat() for file in read.values()] == before
     assert [file.name for file in tmp_path.iterdir()] == ["link"]
     assert Path("/dev/null").is_char_device()
 

@@ -81,6 +81,7 @@ VALUES = {
     "--seed_everything=5000000000": "seed_everything: got 5000000000; Expected `int` <= 4294967295",
     "--regularize.regularizer=dropblock --regularize.block_size=9223372036854775808": "block_size",
     "--data.batch_size=1000000000000": "data.batch_size: got 1000000000000",
+    "--seed=5": "unrecognized arguments: --seed=5",
     "--output=": "output: got ''; give a file's or folder's name",
     "--output=/dev/null": "/dev/null: File exists",
     "--output=/dev/null/run": "/dev/null/run: Not a directory",

@@ -92,7 +92,7 @@ def checked(content: Any, kind: Any, path: Path) -> Any:
     """
     try:
         return msgspec.convert(content, kind)
-    except msgspec.ValidationError as error:
+    except ValueError as error:  # msgspec's, or the UnicodeError of a lone surrogate
         raise _unexpected(path, error) from None
 
 

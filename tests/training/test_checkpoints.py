@@ -1,6 +1,7 @@
 """Checkpoints as a stranger or a failing disk makes them: evaluating them is one line."""
 
 import math
+import os
 import pickle
 import zipfile
 
@@ -12,7 +13,7 @@ from dropblock_det.training.evaluate import evaluate
 
 
 def foreign_pickle(run, tmp_path):
-    torch.save({"hyper_parameters": Exception("code")}, tmp_path / "bad.ckpt")
+    torch.save({"hyper_parameters": os.system}, tmp_path / "bad.ckpt")
     return "not a checkpoint that is safe to load"
 
 
@@ -92,6 +93,10 @@ ODD = {
     "no categories": ("hyper_parameters.categories", REMOVED, "missing required field `categories`"),
     "an empty list of categories": ("hyper_parameters.categories", [], "Expected `array` of length >= 1"),
     "a category in one word": ("hyper_parameters.categories", ["cat"], "Expected `object`, got `str`"),
+    "a category's number half a character": (
+        "hyper_parameters.categories", [{"label": "\ud800", "id": 3, "name": "cat"}], "surrogates not allowed"
+    ),
+    "a size half a character": ("hyper_parameters.min_size", "\ud800", "surrogates not allowed"),
     "a category without a name": ("hyper_parameters.categories", [{"label": 1, "id": 3}], "field `name`"),
     "a category's number in letters": (
         "hyper_parameters.categories", [{"label": "1", "id": 3, "name": "cat"}], "Expected `int`, got `str`"

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,30 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
     expected = weights(run)
     assert not (folder / "checkpoints" / "last-00009.ckpt").exists()
     assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "message"),
+    [
+        (signal.SIGTERM, 143, "stopped; --resume"),
+        (signal.SIGKILL, 2, "error: a process that loads images was killed: out of memory?"),
+    ],
+)
+def test_what_befalls_a_process_that_loads_images(sent, status, message, scenes, tmp_path):
+    """A scheduler's SIGTERM comes to all processes, and theirs may be the first that is noticed."""
+    more = "--data.num_workers=1", "--trainer.max_epochs=500"
+    process = start(
+        arguments(scenes, tmp_path / "run", *more), stdout=subprocess.DEVNULL, stderr=-1, text=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list(tmp_path.glob("run/checkpoints/last-*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(int(children.read_text().split()[0]), sent)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == status, messages
+    assert messages.splitlines()[-1].startswith(message)
+    assert "Traceback" not in messages
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -46,7 +46,7 @@ def checked_arguments(
             raise InputError(f"{origin}{name}: got {value!r}; no name holds a NUL byte")
         try:
             checked[name] = msgspec.convert(value, hints[name], dec_hook=_path)
-        except (msgspec.ValidationError, OverflowError) as error:
+        except (ValueError, OverflowError) as error:
             given = repr(value)
             raise InputError(
                 f"{origin}{name}: got {given[:100]}{'...' if len(given) > 100 else ''}; {error}"

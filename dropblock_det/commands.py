@@ -116,6 +116,10 @@ class PlainConsole(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
+    def on_broken_pipe(self) -> None:
+        """Leaves it to ``run_tool``; rich's own ends the process with status 1."""
+        raise BrokenPipeError
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Makes a string rich's text; control characters in it become visible."""
         shown = "\n".join(map(printable, text.split("\n")))

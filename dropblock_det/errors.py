@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -52,6 +53,10 @@ def run_tool(main: Callable[[], object]) -> None:
     network refuse and for packages that are not installed; 130 after Ctrl-C, 141 when the reader of a pipe
     has left. Anything else is a fault of ours and keeps its traceback.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - who started the process closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack some characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             main()
@@ -73,7 +78,8 @@ def run_tool(main: Callable[[], object]) -> None:
 
 def _end(status: int, line: str) -> None:
     if line:
-        print(printable(line), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk behind it: the status says it all the same
+            print(printable(line), file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # Python tries again at its end, and would complain

@@ -11,6 +11,7 @@ import socket
 import stat
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -92,12 +93,22 @@ def checked(content: Any, kind: Any, path: Path) -> Any:
     """
     try:
         return msgspec.convert(content, kind)
-    except msgspec.ValidationError as error:
+    except ValueError as error:  # msgspec's, or the UnicodeError of a lone surrogate
         raise _unexpected(path, error) from None
 
 
 def _unexpected(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: not what it should be: {error}; replace the file")
+
+
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a name that is given twice; YAML's own loader takes the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+        for name in names - Counter({*names}):
+            raise yaml.YAMLError(f"{name!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -108,7 +119,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     content = read_bytes(path, MAX_YAML_BYTES)
     try:
-        settings = yaml.safe_load(content)
+        settings = yaml.load(content, _OnceEach)
     except RecursionError:
         raise InputError(f"{path}: nested too deeply; replace the file") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a list as a name
@@ -163,9 +174,11 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name[:50]}.{process_name(os.getpid())}.", suffix=".part"
-    )
+    prefix = f".{path.name[:50]}.{process_name(os.getpid())}."
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".part")
+    except OSError as error:  # names the temporary file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with open(handle, "wb") as file:
             _remove_abandoned(path, os.fstat(handle).st_mtime)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropblock_det.errors import InputError
-from dropblock_det.ops.dropblock import check_arguments, drop_block2d
+from dropblock_det.ops.dropblock import check_arguments, check_p, drop_block2d
 from dropblock_det.ops.reference import BlockSize, block_sides
 
 
@@ -32,7 +32,7 @@ class DropBlock2d(nn.Module):
         self, p: float = 0.1, block_size: BlockSize = 7, per_channel: bool = True, calibration: str = "paper"
     ) -> None:
         super().__init__()
-        check_arguments(p, block_size, calibration)
+        check_arguments(p, block_size, per_channel, calibration)
         height, width = block_sides(block_size)  # Python's integers, also where NumPy's were given
         self.block_size = height if height == width else (height, width)
         self.per_channel = per_channel
@@ -49,7 +49,7 @@ class DropBlock2d(nn.Module):
 
     @p.setter
     def p(self, value: float) -> None:
-        check_arguments(value, self.block_size, self.calibration)
+        check_p(value)
         if value != self._p:
             self._p = float(value)
             if _changed is None:
@@ -153,5 +153,5 @@ def make_regularizer(
     """
     if not isinstance(name, str) or name not in REGULARIZERS:
         raise InputError(f"regularizer must be one of {', '.join(REGULARIZERS)}, not {name!r}")
-    check_arguments(p, block_size, calibration)
+    check_arguments(p, block_size, per_channel, calibration)
     return REGULARIZERS[name](p, block_size=block_size, per_channel=per_channel, calibration=calibration)

@@ -134,14 +134,43 @@ def test_ctrl_c_is_status_130(capsys):
 
 
 @pytest.mark.parametrize(
+    ("shell", "status", "out", "err"),
+    [
+        ("PYTHONIOENCODING=ascii {}", 0, "2 \\xd7\n", ""),
+        ("{} >&-", 0, "", ""),
+        ("{} fails 2>&-", 2, "", ""),
+        ("{} fails 2>/dev/full", 2, "", ""),
+        ("{} fails <&- >&-", 2, "", "error: 3 \\xd7\n"),
+    ],
+)
+def test_whatever_the_streams_are(shell, status, out, err):
+    code = """if True:
+        import sys
+        from dropblock_det.commands import PlainConsole
+        from dropblock_det.errors import InputError, run_tool
+
+        def main():
+            if "fails" in sys.argv:
+                raise InputError("3 \\xd7")
+            PlainConsole().print("2 \\xd7")
+
+        run_tool(main)"""
+    command = ["bash", "-c", shell.format('"$0" -c "$1"'), sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err.encode().decode("unicode_escape"))
+
+
+@pytest.mark.parametrize(
     ("behind", "status", "printed"),
     [
         ("full", 2, "error: No space left on device (make room and start again; what is there is kept)\n"),
         ("closed", 141, ""),
     ],
 )
-def test_output_that_cannot_be_written(behind, status, printed):
-    code = "from dropblock_det.errors import run_tool; run_tool(lambda: print('x' * 100_000))"
+@pytest.mark.parametrize("show", ["print", "PlainConsole().print"])
+def test_output_that_cannot_be_written(show, behind, status, printed):
+    code = "from dropblock_det.commands import PlainConsole; from dropblock_det.errors import run_tool; "
+    code += f"run_tool(lambda: {show}('x' * 100_000))"
     if behind == "full":
         with Path("/dev/full").open("w") as out:
             done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=-1, text=True, check=False)

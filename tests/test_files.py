@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,7 @@ BILLIONS = b"a0: &a0 [x, x]\n" + b"".join(
         (b"\xff\xfe\x00", "not valid YAML"),
         (b"- 1", "not a config"),
         (b"? [1]\n: 2", "not valid YAML"),
+        (b"a: {b: 1, c: 2, b: 3}", r"not valid YAML \('b' is given twice .*line 1"),
         (b"[" * 5000, "nested too deeply|not valid YAML"),
         (b"a: &a\n  b: *a", "alias of itself"),
         (BILLIONS, "more than 100000 values"),
@@ -117,6 +119,13 @@ def test_only_regular_files_are_replaced(tmp_path):
     write_bytes(kept, b"new")
     assert kept.read_bytes() == b"new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "folder", "kept", "link", "pipe"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that no one may write to")
+def test_a_refusal_names_the_file_that_is_asked_for():
+    with pytest.raises(OSError, match="No such file") as caught:
+        write_bytes(Path("/proc/self/x.json"), b"")
+    assert caught.value.filename == "/proc/self/x.json"
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):

@@ -55,7 +55,9 @@ def test_p_is_set_like_dropouts_and_checked():
     assert layer(x) is x
 
 
-@pytest.mark.parametrize("arguments", [{"p": 2}, {"block_size": 0}, {"calibration": "no"}])
+@pytest.mark.parametrize(
+    "arguments", [{"p": 2}, {"block_size": 0}, {"per_channel": "false"}, {"calibration": "no"}]
+)
 def test_bad_arguments_fail_when_built(arguments):
     with pytest.raises(InputError, match=next(iter(arguments))):
         DropBlock2d(**arguments)

@@ -79,6 +79,6 @@ def read_records(file: Readable, name: str) -> Iterator[tuple[Record | str, Any]
             continue
         try:
             record: Record = msgspec.convert(entry, KINDS[key])
-        except msgspec.ValidationError as error:
+        except ValueError as error:  # msgspec's, or the UnicodeError of a lone surrogate
             raise InputError(f"{name}: {key}: {error}: {json.dumps(entry)[:100]}") from None
         yield record, entry

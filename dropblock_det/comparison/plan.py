@@ -35,6 +35,7 @@ OWN = (
     "--regularize",
     "--print_config",
     "--help",
+    "-h",
 )
 SUBSET = "--data.train_subset_seed"
 

@@ -106,7 +106,7 @@ class CocoDataModule(LightningDataModule):
     @property
     def val_files(self) -> list[Path]:
         """The files that must not be written to while they are evaluated on."""
-        return [self.val_annotations]
+        return [self.val_annotations, *(self.val_images / file for file in self.val_dataset.files)]
 
     @cached_property
     def val_coco(self) -> "COCO":

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from dropblock_det.errors import InputError
 
@@ -55,7 +55,7 @@ def read_image(path: Path, width: int | None = None, height: int | None = None) 
                     raise InputError(f"{path}: 32-bit pixels have no fixed range; convert it to 8 or 16 bit")
                 if image.format == "JPEG" and image.mode in ("RGB", "L"):
                     # libjpeg-turbo as in Pillow, without two copies of the pixels
-                    return decode_jpeg(read_file(str(path)), ImageReadMode.RGB)
+                    return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
                 if image.mode.startswith("I;16"):
                     gray = (np.asarray(image) >> 8).astype(np.uint8)
                     pixels = np.repeat(gray[:, :, None], 3, axis=2)

@@ -28,6 +28,7 @@ from dropblock_det.inject.regularized import (
     regularized,
 )
 from dropblock_det.layers import changing_many
+from dropblock_det.ops.dropblock import check_p
 
 
 def regularize_(model: nn.Module, make: Callable[[], nn.Module], at: At = "paper") -> "RegularizerHandle":
@@ -197,8 +198,7 @@ class RegularizerHandle:
         self.sites = ()
 
     def _each_p(self, p: float) -> list[tuple[Any, float]]:
-        if not isinstance(p, Real) or not 0 <= p <= 1:
-            raise InputError(f"p must be a number between 0 and 1, not {p!r}")
+        check_p(p)
         regularizers: list[tuple[str, Any]] = [(site, self._site(site).regularizer) for site in self.sites]
         for site, regularizer in regularizers:
             _p_of(site, regularizer)

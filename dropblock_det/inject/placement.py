@@ -67,7 +67,10 @@ def find_sites(model: nn.Module, at: At) -> dict[str, float]:
         InputError: Nothing matches, a preset meets what it does not understand, two factors for one site, or
             one match lies inside another (a residual block's sum and the units of its branch may be sites
             together).
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     names = dict(walk(model))
     chosen: dict[str, float] = {}
     for where, factor in _entries(at):

@@ -26,16 +26,23 @@ FORCED_PATH = os.environ.get("DROPBLOCK_DET_PATH")  # for debugging; read once, 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def check_arguments(p: float, block_size: BlockSize, calibration: str) -> None:
-    """Raises :class:`InputError`, naming the argument and its value, for what no input could make right."""
+def check_p(p: float) -> None:
+    """Raises :class:`InputError` for what is no probability."""
     if not isinstance(p, Real) or isinstance(p, bool) or not 0.0 <= p <= 1.0:
-        raise InputError(f"p must be a number in [0, 1], not {p!r}")
+        raise InputError(f"p must be a number between 0 and 1, not {p!r}")
+
+
+def check_arguments(p: float, block_size: BlockSize, per_channel: bool, calibration: str) -> None:
+    """Raises :class:`InputError`, naming the argument and its value, for what no input could make right."""
+    check_p(p)
     sides = block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
     whole = [isinstance(side, Integral) and not isinstance(side, bool) for side in sides]
     if len(sides) != 2 or not all(whole) or not all(1 <= side < 2**63 for side in sides):
         raise InputError(
             f"block_size must be an integer from 1 to 2**63 - 1, or a pair of them, not {block_size!r}"
         )
+    if not isinstance(per_channel, bool):
+        raise InputError(f"per_channel must be True or False, not {per_channel!r}")
     if calibration not in CALIBRATIONS:
         raise InputError(f"calibration must be one of {', '.join(CALIBRATIONS)}, not {calibration!r}")
 
@@ -92,7 +99,7 @@ def drop_block2d(
     if has_torch_function_unary(x):  # subclasses of Tensor, and symbolic tracing
         return handle_torch_function(drop_block2d, (x,), x, p, block_size, training, per_channel, calibration)
     check_map(x)
-    check_arguments(0.0 if isinstance(p, Tensor) else p, block_size, calibration)
+    check_arguments(0.0 if isinstance(p, Tensor) else p, block_size, per_channel, calibration)
     if isinstance(p, Tensor) and (p.dim() != 0 or p.dtype != torch.float32 or p.device != x.device):
         raise InputError(
             f"p must be a number or a 0-dim float32 tensor on {x.device},"

@@ -75,7 +75,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a checkpoint that is safe to load ({reason[:120]})") from None
     try:
         msgspec.convert(checkpoint, _Content)
-    except msgspec.ValidationError as error:
+    except ValueError as error:  # msgspec's, or the UnicodeError of a lone surrogate
         raise InputError(
             f"{path}: not a checkpoint of dropblock_det ({error}); give one that a training wrote"
         ) from None

@@ -177,8 +177,18 @@ class SaveConfig(SaveConfigCallback):
 
 
 def resolved_config(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
-    """Returns every setting as plain data, as ``config.yaml`` holds it."""
-    resolved: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
+    """Returns every setting as plain data, as ``config.yaml`` holds it.
+
+    Raises:
+        InputError: The default of a class' argument is no plain data, as that of Lightning's ``Timer``.
+    """
+    try:
+        resolved: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
+    except ValueError as error:
+        reason = re.search("cannot represent an object', (.*)\\)", str(error))
+        if reason is None:
+            raise
+        raise InputError(f"{reason[1]}: a class' default, not plain data; give that argument too") from error
     return resolved
 
 
@@ -312,6 +322,7 @@ def command_line(words: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
         load_from_checkpoint_support=False,
         parser_kwargs={
             "exit_on_error": False,
+            "allow_abbrev": False,  # compare refuses some settings, and knows their whole names
             "prog": started_as("train"),
             "description": "Trains a model. --config takes a file or the name of a shipped config.",
         },

@@ -135,12 +135,15 @@ def _validation_data(content: dict[str, Any], checkpoint: Path, given: dict[str,
     """Builds the data module that a checkpoint was validated on, with what is given in place of its own.
 
     Raises:
-        InputError: The data have other categories than the training's.
+        InputError: The checkpoint's data are incomplete, or have other categories than the training's.
     """
     _, data_class = task_of(content)
     given = {name: value for name, value in given.items() if value is not None}
     trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
-    datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
+    try:
+        datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
+    except TypeError as error:
+        raise InputError(f"{checkpoint}: validation_data: {error}; give another checkpoint") from None
     known, found = content["hyper_parameters"]["categories"], datamodule.val_categories
     if found != known:
         raise InputError(

@@ -32,8 +32,12 @@ REFUSALS = {
     "Expected more than 1 value per channel": "the last batch is too small for batch norm: give another "
     "data.batch_size, or a larger model.min_size",
     "not implemented for '(Half|BFloat16)'": "trainer.precision: not for this device; give another",
+    "DataLoader worker .* is killed": "a process that loads images was killed: out of memory? lower "
+    "data.num_workers or data.batch_size, or give more shared memory",
     "out of memory|can't allocate memory": "out of memory: lower data.batch_size or the size of the images",
 }
+# What torch says first where a scheduler sends SIGTERM to all processes, those that load images among them.
+TERMINATED = "is killed by signal: Terminated"
 
 
 @contextlib.contextmanager
@@ -179,11 +183,12 @@ def fit(trainer: Trainer, model: LightningModule, data: Any, checkpoint: Path | 
     warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as stop:  # Lightning's answer to both signals
-        if trainer.is_global_zero:
-            print(f"stopped; {go_on}", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
-    except RuntimeError as error:
+    except (SystemExit, RuntimeError) as error:
+        terminated = TERMINATED in str(error) or isinstance(error, SIGTERMException)
+        if terminated or isinstance(error, SystemExit):  # Lightning's answer to both signals
+            if trainer.is_global_zero:
+                print(f"stopped; {go_on}", file=sys.stderr)
+            sys.exit(143 if terminated else 130)
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         lost = f"process {trainer.global_rank} lost another, which has died (see above)"

@@ -45,8 +45,8 @@ def load_model(checkpoint: Path | str, device: str = "auto") -> TaskModule:
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, not there
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not there, meta
         reason = (str(error).splitlines() or ["not there"])[0][:200]
         raise InputError(f"--device {device}: {reason}; give cpu, cuda, cuda:1 or the like") from None
     return rebuilt(load_checkpoint(path), path).eval().to(device)

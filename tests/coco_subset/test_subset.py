@@ -300,6 +300,7 @@ def test_only_plain_http_addresses(tmp_path, url):
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"length 4.* at `\$\.bbox`"),
         (lambda c: c["images"][2].update(file_name=7), "images: Expected `str`, got `int`"),
         (lambda c: c["images"][2].update(coco_url=5), "images: Expected `str | null`, got `int`"),
+        (lambda c: c["images"][0].update(id="\ud800"), "surrogates not allowed"),
         (lambda c: c["categories"][0].update(name="\ud800"), r"'\\ud800' is not a line of text"),
         (lambda c: c["categories"][0].update(name="a\x1b[2J"), "is not a line of text"),
     ],

@@ -182,7 +182,7 @@ def test_other_configs_do_not_mix(tmp_path):
     "argument",
     [
         *("--seed_everything=5", "--seed_everything", "--config", "-c", "--config=x.yaml", "--output=x"),
-        *("--resume", "--regularize.p=0.3", "--regularize", "--print_config", "--help"),
+        *("--resume", "--regularize.p=0.3", "--regularize", "--print_config", "--help", "-h"),
     ],
 )
 def test_overrides_of_what_makes_the_runs_differ_are_refused(argument, tmp_path):

@@ -143,6 +143,13 @@ def test_jpeg_modes(mode, one):
     assert difference.mean() < 4  # JPEG's loss
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_name_that_is_not_unicode(kind, tmp_path):
+    file = tmp_path / "\udcff.jpg"  # as Python writes it; no name for COCO's JSON, but predict takes it
+    file.write_bytes(encoded(PICTURE, kind))
+    assert read_image(file).shape == (3, 30, 40)
+
+
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 10_000), (10_000, 1)])
 def test_extreme_shapes(width, height, content, write):
     content["images"][0] |= {"width": width, "height": height}

@@ -139,7 +139,13 @@ def test_scripting_says_to_remove_first(resnet, x):
     assert torch.jit.script(resnet.eval())(x).shape == (2, 5)
 
 
-@pytest.mark.parametrize("p", ["0.1", None, float("nan"), -0.1, 2, [0.1], torch.tensor(0.1)])
+@pytest.mark.parametrize("model", [None, "resnet18", nn.Linear, [nn.Linear(1, 1)]])
+def test_what_is_no_model_is_a_type_error(model):
+    with pytest.raises(TypeError, match="model must be a"):
+        regularize_(model, make)
+
+
+@pytest.mark.parametrize("p", ["0.1", None, True, float("nan"), -0.1, 2, [0.1], torch.tensor(0.1)])
 def test_a_p_that_is_none_is_refused(resnet, p):
     handle = regularize_(resnet, make)
     with pytest.raises(InputError, match="p must be a number between 0 and 1, not "):

@@ -94,6 +94,10 @@ ODD = {
     "no categories": ("hyper_parameters.categories", REMOVED, "missing required field `categories`"),
     "an empty list of categories": ("hyper_parameters.categories", [], "Expected `array` of length >= 1"),
     "a category in one word": ("hyper_parameters.categories", ["cat"], "Expected `object`, got `str`"),
+    "a category's number half a character": (
+        "hyper_parameters.categories", [{"label": "\ud800", "id": 3, "name": "cat"}], "surrogates not allowed"
+    ),
+    "a size half a character": ("hyper_parameters.min_size", "\ud800", "surrogates not allowed"),
     "a category without a name": ("hyper_parameters.categories", [{"label": 1, "id": 3}], "field `name`"),
     "a category's number in letters": (
         "hyper_parameters.categories", [{"label": "1", "id": 3, "name": "cat"}], "Expected `int`, got `str`"
@@ -107,6 +111,7 @@ ODD = {
     "unknown weights": ("hyper_parameters.weights", "os.system", "weights: "),
     "no validation data": ("validation_data", REMOVED, "missing required field `validation_data`"),
     "validation data in a list": ("validation_data", [], "Expected `object`, got `array`"),
+    "no root": ("validation_data.root", REMOVED, "validation_data: "),
     "a root in figures": ("validation_data.root", 5, "root: got 5"),
     "a root with a NUL": ("validation_data.root", "a\0b", "a\\x00b"),
     "a subset below one": ("validation_data.val_subset", -1, "subset: got -1"),

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,30 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in weights(folder).items())
 
 
+@pytest.mark.parametrize(
+    ("sent", "status", "message"),
+    [
+        (signal.SIGTERM, 143, "stopped; --resume"),
+        (signal.SIGKILL, 2, "error: a process that loads images was killed: out of memory?"),
+    ],
+)
+def test_what_befalls_a_process_that_loads_images(sent, status, message, scenes, tmp_path):
+    """A scheduler's SIGTERM comes to all processes, and theirs may be the first that is noticed."""
+    more = "--data.num_workers=1", "--trainer.max_epochs=500"
+    process = start(
+        arguments(scenes, tmp_path / "run", *more), stdout=subprocess.DEVNULL, stderr=-1, text=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list(tmp_path.glob("run/checkpoints/last-*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(int(children.read_text().split()[0]), sent)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == status, messages
+    assert messages.splitlines()[-1].startswith(message)
+    assert "Traceback" not in messages
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_by_a_signal_it_says_how_to_go_on(sent, status, scenes, tmp_path, monkeypatch, capsys):
     """compare.py starts the run again where it sees these statuses; 0 would be a run that ended well."""
@@ -314,6 +339,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, tmp_path
         ("link", {}, "link: not a regular file, so it is not replaced"),
         ("the checkpoint", {}, "is read by the same command, so it is not replaced"),
         ("the annotations", {}, "is read by the same command, so it is not replaced"),
+        ("an image", {}, "is read by the same command, so it is not replaced"),
         ("x.json", {"accelerator": "nonsense"}, "trainer: You selected an invalid accelerator name"),
         ("x.json", {"devices": 0}, "trainer: `Trainer(devices=0)` value is not"),
     ],
@@ -322,11 +348,13 @@ def test_evaluation_that_cannot_begin_is_one_line(results, trainer, message, run
     best = run / "checkpoints" / "best.ckpt"
     data = load_checkpoint(best)["validation_data"]
     annotations = Path(data["root"]) / data["val_annotations"]
+    image = next((Path(data["root"]) / data["val_images"]).iterdir())
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    path = {"the checkpoint": best, "the annotations": annotations}.get(results, tmp_path / results)
-    before = best.stat(), annotations.stat()
+    read = {"the checkpoint": best, "the annotations": annotations, "an image": image}
+    path = read.get(results, tmp_path / results)
+    before = [file.stat() for file in read.values()]
     assert message in line_of(lambda: evaluate(best, results=path, **{"accelerator": "cpu", **trainer}))
-    assert (best.stat(), annotations.stat()) == before
+    assert [file.stat() for file in read.values()] == before
     assert [file.name for file in tmp_path.iterdir()] == ["link"]
     assert Path("/dev/null").is_char_device()
 

@@ -121,6 +121,7 @@ def test_files_folders_and_patterns_each_image_once(best, photos, tmp_path, monk
         ({"images": ["missing.jpg"]}, "missing.jpg: no such image"),
         ({"images": ["*.nothing"]}, "*.nothing: no such image"),
         ({"device": "abacus"}, "--device abacus: "),
+        ({"device": "meta"}, "--device meta: "),
         ({"device": "cuda:99"}, "--device cuda:99: "),
     ],
 )

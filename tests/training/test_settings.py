@@ -69,6 +69,7 @@ def test_settings(name, tmp_path, monkeypatch, line_of):
 
 
 EARLY = "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping --trainer.callbacks.monitor=nonsense"
+TIMER = "--trainer.callbacks+=lightning.pytorch.callbacks.Timer --trainer.callbacks.duration=00:00:00:09"
 VALUES = {
     "--model.lr=-1": "model.lr: got -1.0; Expected `float` >= 0.0",
     "--model.lr=.nan": "model.lr: got nan",
@@ -81,6 +82,7 @@ VALUES = {
     "--seed_everything=5000000000": "seed_everything: got 5000000000; Expected `int` <= 4294967295",
     "--regularize.regularizer=dropblock --regularize.block_size=9223372036854775808": "block_size",
     "--data.batch_size=1000000000000": "data.batch_size: got 1000000000000",
+    "--seed=5": "unrecognized arguments: --seed=5",
     "--output=": "output: got ''; give a file's or folder's name",
     "--output=/dev/null": "/dev/null: File exists",
     "--output=/dev/null/run": "/dev/null/run: Not a directory",
@@ -101,6 +103,7 @@ VALUES = {
     "--trainer.limit_train_batches=0": "ended at step 0, before the first validation",
     "--trainer.max_steps=1": "ended at step 1, before the first validation",
     "--data.train_size=5": "last batch is too small for batch norm",
+    TIMER: "<Interval.step: 'step'>: a class' default, not plain data; give that argument too",
     EARLY: "trainer.callbacks: EarlyStopping monitors nonsense, which no one logs; give one of loss",
 }
 

@@ -82,6 +82,7 @@ def test_broken_images(name, one, line_of):
     line = line_of(lambda: read(one))
     assert str(one[2]) in line
     assert reason in line
+    assert ".cpp:" not in line
 
 
 @pytest.mark.parametrize("side", [12_000, 60_000])

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dropblock_det.errors import InputError
 from dropblock_det.locks import locked
-from dropblock_det.runs.folder import TRAINING_LOCK
+from dropblock_det.runs.folder import TRAINING_LOCK, goes_on
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.allowed import PACKAGES
 
@@ -179,20 +179,19 @@ def fit(trainer: Trainer, model: LightningModule, data: Any, checkpoint: Path | 
 
     Exit status 143 after SIGTERM, 130 after Ctrl-C, 1 when another process has died.
     """
-    go_on = f"--resume {folder} goes on from the last epoch"
     # All processes log the same figures, which each has from the first: there is nothing to average.
     warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to both signals
         if trainer.is_global_zero:
-            print(f"stopped; {go_on}", file=sys.stderr)
+            print(f"stopped; {goes_on(folder)}", file=sys.stderr)
         sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         lost = f"process {trainer.global_rank} lost another, which has died (see above)"
-        sys.exit(f"error: {lost}; {go_on}")
+        sys.exit(f"error: {lost}; {goes_on(folder)}")
 
 
 def end_with_launcher() -> None:

@@ -75,7 +75,10 @@ def parsed(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(args))
     except (argparse.ArgumentError, UnicodeError) as error:
-        raise InputError(f"{' '.join(str(error).split())[:500]}; --help lists what there is") from error
+        said = " ".join(str(error).split())
+        # jsonargparse names each type that the setting may have; what matters is which name is wrong.
+        said = re.sub(r"Does not validate against .*(Option '[^']+' is not accepted).*", r"\1", said)
+        raise InputError(f"{said[:500]}; --help lists what there is") from error
 
 
 class PlainHelp(DefaultHelpFormatter):

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.text import Text
 
@@ -74,7 +75,19 @@ def parsed(parser: ArgumentParser, args: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(args))
     except (argparse.ArgumentError, UnicodeError) as error:
-        raise InputError(f"{' '.join(str(error).split())[:500]}; --help lists what there is") from error
+        said = " ".join(str(error).split())
+        # jsonargparse names each type that the setting may have; what matters is which name is wrong.
+        said = re.sub(r"Does not validate against .*(Option '[^']+' is not accepted).*", r"\1", said)
+        raise InputError(f"{said[:500]}; --help lists what there is") from error
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """jsonargparse's help, without what a reader can't use."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        """Leaves out long lists of classes (torch has 500 modules), and msgspec's spelling of a number."""
+        text = re.sub(r", known subclasses: [^)]{3000,}(?=\))", "", super()._expand_help(action))
+        return re.sub(r"Annotated\[(\w+), msgspec\.Meta\([^)]*\)\]", r"\1", text)
 
 
 def _help(documented: Any) -> str:
@@ -83,7 +96,9 @@ def _help(documented: Any) -> str:
 
 def _parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
     about = _help(function)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, prog=prog, description=about)
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, prog=prog, description=about, formatter_class=PlainHelp
+    )
     kinds = get_type_hints(function)
     helps = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
     for name, parameter in inspect.signature(function).parameters.items():

@@ -36,6 +36,18 @@ def test_every_command_shows_its_own_help(monkeypatch, capsys):
         assert capsys.readouterr().out.startswith(f"usage: dropblock-det {name} ")
 
 
+def test_the_help_of_train_can_be_read(monkeypatch, capsys):
+    """It lists Lightning's callbacks, but not torch's hundreds of modules, and says where the data's are."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        run(["train", "--help"])
+    shown = capsys.readouterr().out
+    for words in ("--model.lr LR", "--data.help lists", "lightning.pytorch.callbacks.EarlyStopping"):
+        assert words in shown
+    for words in ("torch.nn.Conv", "msgspec"):
+        assert words not in shown
+
+
 def test_every_command_has_its_script():
     for name in COMMANDS:
         text = (TOOLS / f"{name.replace('-', '_')}.py").read_text()

@@ -1,5 +1,6 @@
 """Reading image files whose writer isn't trusted, and keeping decoded ones in memory."""
 
+import re
 import shutil
 import stat
 import warnings
@@ -66,7 +67,7 @@ def read_image(path: Path, width: int | None = None, height: int | None = None) 
     except InputError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files; each becomes one line
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", " ".join(str(error).split())) or type(error).__name__
         raise InputError(
             f"{path}: can't be read as an image ({reason[:200]}); replace or remove it"
         ) from None

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dropblock_det.commands import started_as
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_yaml
 from dropblock_det.runs.record import read_record
@@ -39,6 +40,11 @@ def is_finished(folder: Path) -> bool:
 def best_checkpoint(folder: Path) -> Path:
     """Returns where the checkpoint of the best epoch is, if there is one."""
     return folder / "checkpoints" / BEST_NAME
+
+
+def goes_on(folder: Path) -> str:
+    """Returns how to go on with a run that ended early, for a message."""
+    return f"{started_as('train')} --resume {folder} goes on from the last epoch"
 
 
 def last_checkpoints(folder: Path) -> list[Path]:

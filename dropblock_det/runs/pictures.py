@@ -18,6 +18,7 @@ from dropblock_det.tasks.metric import LOSSES
 # Okabe and Ito's palette: colour-blind readers tell these apart too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 NAME_HEIGHT = 0.12  # inches, of what is written at a box
+SAMPLE_INCHES = 3.6  # the longer side of a validation image
 MIN_SIDE, MAX_SIDE = 480, 2000  # pixels of the longer side, so that names can be read, and files stay small
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 
@@ -31,16 +32,17 @@ def samples_figure(samples: Sequence[Sample], min_score: float = 0.3) -> Figure:
     """
     columns = min(4, len(samples))
     rows = -(-len(samples) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.6 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(SAMPLE_INCHES * columns, SAMPLE_INCHES * rows + 0.5), layout="constrained")
     for axes, sample in zip(figure.subplots(rows, columns, squeeze=False).flat, samples, strict=False):
         with Image.open(sample.file or "") as image:
             axes.imshow(image.convert("RGB"))
+            name_height = NAME_HEIGHT * max(image.size) / SAMPLE_INCHES
         if sample.kind == "boxes":
             for mark in sample.truth:
-                _box(axes, mark, GREEN, "--", below=True)
+                _box(axes, mark, GREEN, "--", name_height, below=True)
             for mark in sample.predicted:
                 if (mark.score or 0) >= min_score:
-                    _box(axes, mark, ORANGE, "-")
+                    _box(axes, mark, ORANGE, "-", name_height)
             title = f"image {sample.id}"
         else:
             title = " / ".join(_words(mark) for mark in (*sample.truth[:1], *sample.predicted[:1]))
@@ -70,7 +72,7 @@ def prediction_figure(image: NDArray[np.uint8], marks: Sequence[Mark]) -> Figure
     axes.imshow(image, extent=(0, width, height, 0), aspect="auto")
     axes.axis("off")
     for mark in reversed(marks):  # the best on top
-        _box(axes, mark, ORANGE, "-", top=NAME_HEIGHT * longest / inches)
+        _box(axes, mark, ORANGE, "-", NAME_HEIGHT * longest / inches)
     axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
 
@@ -79,17 +81,21 @@ def _words(mark: Mark) -> str:
     return mark.category if mark.score is None else f"{mark.category} {mark.score:.2f}"
 
 
-def _box(axes: Axes, mark: Mark, color: str, style: str, below: bool = False, top: float = 0) -> None:
+def _box(axes: Axes, mark: Mark, color: str, style: str, name_height: float, below: bool = False) -> None:
+    """Draws a box with its name, which stays inside the image: ``name_height`` is in the image's pixels."""
     x, y, width, height = mark.bbox or (0, 0, 0, 0)
+    right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
+    leftward = mark.bbox is not None and x > 0.6 * right
     axes.add_patch(
         Rectangle((x, y), width, height, fill=False, edgecolor=color, linestyle=style, linewidth=1.6)
     )
     axes.text(
-        x,
-        y + height if below else max(y, top),
+        min(x + width, right) if leftward else x,
+        min(y + height, bottom - name_height) if below else max(y, name_height),
         _words(mark),
         fontsize=6.5,
         color="white",
+        ha="right" if leftward else "left",
         va="top" if below else "bottom",
         clip_on=True,
         parse_math=False,

@@ -72,13 +72,17 @@ def example(network: Any, size: int) -> Any:
 def table(title: str, sites: list[Site]) -> Table:
     """A line for each site."""
     lines = Table(title=title, title_justify="left")
-    lines.add_column("site", no_wrap=True, min_width=max(len(site.name) for site in sites))
-    for header in ("module", "p", "feature map", "dropped"):
-        lines.add_column(header)
+    rows = []
     for site in sites:
         maps = ["×".join(map(str, shape[1:])) for shape in site.shapes] or ["did not run"]
         shares = ["" if share is None else f"{share:.1%}" for share in site.shares] or [""]
         # A head's layers run once per level of the pyramid: the first and the last are shown.
         ends = (" ... ".join(dict.fromkeys((values[0], values[-1]))) for values in (maps, shares))
-        lines.add_row(site.name, site.kind, f"{site.p:g}", *ends)
+        rows.append((site.name, site.kind, f"{site.p:g}", *ends))
+    # In full, whatever the terminal's width: a cut name can't be copied.
+    headers = ("site", "module", "p", "feature map", "dropped")
+    for header, values in zip(headers, zip(*rows, strict=True), strict=True):
+        lines.add_column(header, no_wrap=True, min_width=max(map(len, (header, *values))))
+    for row in rows:
+        lines.add_row(*row)
     return lines

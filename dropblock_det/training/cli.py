@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from dropblock_det.arguments import Seed, checked_arguments
 from dropblock_det.callbacks import Regularize
-from dropblock_det.commands import parsed, started_as
+from dropblock_det.commands import PlainHelp, parsed, started_as
 from dropblock_det.errors import InputError, disk_errors
 from dropblock_det.files import read_yaml, write_text
 from dropblock_det.runs.checkpoints import AtomicCheckpointIO, Checkpoints
@@ -324,7 +324,9 @@ def command_line(words: Sequence[str], stack: contextlib.ExitStack) -> TrainCLI:
             "exit_on_error": False,
             "allow_abbrev": False,  # compare refuses some settings, and knows their whole names
             "prog": started_as("train"),
-            "description": "Trains a model. --config takes a file or the name of a shipped config.",
+            "description": "Trains a model. --config takes a file or the name of a shipped config. "
+            "--data.help lists the settings of the images, --data.*.",
+            "formatter_class": PlainHelp,
         },
         run=False,
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dropblock_det.runs.folder import goes_on
+
 INTERVAL_S, LIMIT_S = 5, 30
 ALIVE, DONE = b".", b"!"
 
@@ -65,8 +67,7 @@ class Heartbeat(Callback):
                 break
             silent_s = 0
         print(
-            f"error: process {rank} lost another, which has died or is cut off; "
-            f"--resume {self.folder} goes on from the last epoch",
+            f"error: process {rank} lost another, which has died or is cut off; " + goes_on(self.folder),
             file=sys.stderr,
             flush=True,
         )

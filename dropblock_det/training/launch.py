@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dropblock_det.errors import InputError
 from dropblock_det.locks import locked
-from dropblock_det.runs.folder import TRAINING_LOCK
+from dropblock_det.runs.folder import TRAINING_LOCK, goes_on
 from dropblock_det.tasks.module import TaskModule
 from dropblock_det.training.allowed import PACKAGES
 
@@ -178,7 +178,6 @@ def fit(trainer: Trainer, model: LightningModule, data: Any, checkpoint: Path | 
 
     Exit status 143 after SIGTERM, 130 after Ctrl-C, 1 when another process has died.
     """
-    go_on = f"--resume {folder} goes on from the last epoch"
     # All processes log the same values, which each has from the first: there is nothing to average.
     warnings.filterwarnings("ignore", message=r"It is recommended to use .*sync_dist=True")
     try:
@@ -187,12 +186,12 @@ def fit(trainer: Trainer, model: LightningModule, data: Any, checkpoint: Path | 
         terminated = TERMINATED in str(error) or isinstance(error, SIGTERMException)
         if terminated or isinstance(error, SystemExit):  # Lightning's answer to both signals
             if trainer.is_global_zero:
-                print(f"stopped; {go_on}", file=sys.stderr)
+                print(f"stopped; {goes_on(folder)}", file=sys.stderr)
             sys.exit(143 if terminated else 130)
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
         lost = f"process {trainer.global_rank} lost another, which has died (see above)"
-        sys.exit(f"error: {lost}; {go_on}")
+        sys.exit(f"error: {lost}; {goes_on(folder)}")
 
 
 def end_with_launcher() -> None:

@@ -17,11 +17,12 @@ from rich.table import Table
 
 from dropblock_det.callbacks import Regularize
 from dropblock_det.commands import PlainConsole, started_as
-from dropblock_det.runs.folder import best_checkpoint
+from dropblock_det.runs.folder import best_checkpoint, goes_on
 from dropblock_det.runs.record import read_record
 from dropblock_det.runs.recorder import RunRecord
 
-# Lightning's messages about itself and other products. None is about the user's data or settings.
+# Lightning's messages about itself and other products, and its and torch's about our own default numbers
+# where the data or the machine are small. None is about the user's data or settings.
 NOISE = (
     "💡 Tip",
     "`weights_only` was not set",
@@ -33,6 +34,8 @@ NOISE = (
     "Using (bfloat16|16bit) Automatic Mixed Precision",
     "Seed set to ",
     "`Trainer.fit` stopped: `max_epochs",
+    "This DataLoader will create .* worker processes in total",
+    "The number of training batches .* is smaller than the logging interval",
 )
 STEPS, SECONDS = 20, 10  # after the first step: whichever comes first is enough to say how long it will take
 
@@ -79,7 +82,15 @@ class Bar(RichProgressBar):
         for name in ("data_wait_s", "skipped_steps"):
             if (value := trainer.callback_metrics.get(name)) is not None:
                 shown[name] = value.item()
-        return super().get_metrics(trainer, pl_module) | shown
+        lightnings = super().get_metrics(trainer, pl_module)
+        lightnings.pop("v_num", None)  # of a logger's folder; what is left has to fit into the line
+        return lightnings | shown
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Counts epochs from 1, as all else that we print does."""
+        last = self.trainer.max_epochs or -1
+        words = f"Epoch {current_epoch + 1}{f'/{last}' if last > 0 else ''}"
+        return words.ljust(len(self.validation_description))  # else the columns move
 
 
 class Story(Callback):
@@ -114,7 +125,7 @@ class Story(Callback):
             f"{_amount(trainer.val_dataloaders)}; {until}, {processes}{device}, in {trainer.precision}."
         )
         folder = self.recorder.folder
-        _print(f"Results go to {folder}. After Ctrl-C, --resume {folder} goes on from the last epoch.")
+        _print(f"Results go to {folder}. After Ctrl-C, {goes_on(folder)}.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

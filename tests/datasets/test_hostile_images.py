@@ -60,6 +60,7 @@ BROKEN = {
     "text": (b"this is no image", "can't be read as an image"),
     "truncated JPEG": (encoded(PICTURE, "JPEG")[:-200], "truncated"),
     "truncated PNG": (encoded(PICTURE, "PNG")[:-300], "truncated"),
+    "JPEG cut in its pixels": (encoded(PICTURE, "JPEG")[:-20], "as an image (Image is incomplete"),
     "JPEG header alone": (encoded(PICTURE, "JPEG")[:20], "can't be read as an image"),
     "PNG with a broken checksum": (encoded(PICTURE, "PNG").replace(b"IHDR", b"IHDS"), "can't be read"),
     "EPS, which would start Ghostscript": (encoded(PICTURE, "EPS"), "cannot identify"),

@@ -80,6 +80,10 @@ def unknown_key(coco):
     return ["--model.learning_rate=1"], r"learning_rate"
 
 
+def unknown_key_of_a_class(coco):
+    return ["--data.roott=x"], r"error: Parser key \"data\": Option 'roott' is not accepted; --help"
+
+
 def unknown_key_in_file(coco):
     (coco / "mine.yaml").write_text("model:\n  learning_rate: 1\n")
     return [f"--config={coco}/mine.yaml"], r"learning_rate"
@@ -120,6 +124,7 @@ CASES = [
     leaves_the_folder,
     no_category,
     unknown_key,
+    unknown_key_of_a_class,
     unknown_key_in_file,
     wrong_type,
     a_class_of_another_kind,

@@ -314,7 +314,9 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(sent, status, scenes, tmp_path
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it from the first on
     assert caught.value.code == status
-    assert capsys.readouterr().err.endswith(f"stopped; --resume {tmp_path}/run goes on from the last epoch\n")
+    assert capsys.readouterr().err.endswith(
+        f"stopped; dropblock-det train --resume {tmp_path}/run goes on from the last epoch\n"
+    )
     assert not (tmp_path / "run" / "record.json").exists()
 
 

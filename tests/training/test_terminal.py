@@ -47,7 +47,8 @@ def test_by_default_it_is_calm_and_says_what_it_does(scenes, tmp_path, monkeypat
         r"validating on 5 images; epochs 1 to 2, cpu, in (bf16-mixed|32-true)\.",
         first,
     )
-    assert second == f"Results go to {folder}. After Ctrl-C, --resume {folder} goes on from the last epoch."
+    resume = f"dropblock-det train --resume {folder}"
+    assert second == f"Results go to {folder}. After Ctrl-C, {resume} goes on from the last epoch."
     assert re.fullmatch(r"The training steps will take about \d+ s, validation comes on top\.", third)
     epochs = json.loads((folder / "record.json").read_text())["epochs"]
     shown = [line for line in lines if line.startswith("epoch ")]
@@ -93,9 +94,15 @@ def test_nothing_else_is_hidden(capsys, caplog):
         "`Trainer.fit` stopped: `max_time=00:00:01` reached",
         "The seed is set to 3",
     )
+    hidden = (
+        "Checkpoint directory x exists and is not empty.",
+        "💡 Tip: buy this",
+        "This DataLoader will create 4 worker processes in total. Our suggested max number of worker is 2",
+        "The number of training batches (2) is smaller than the logging interval Trainer(...)",
+    )
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with heard() as warned, terminal.calm():
-        for words in (*spoken, "Checkpoint directory x exists and is not empty.", "💡 Tip: buy this"):
+        for words in (*spoken, *hidden):
             warnings.warn(words, UserWarning, stacklevel=1)
             log.info(words)
     assert [str(w.message) for w in warned] == list(spoken)
@@ -161,3 +168,5 @@ def test_the_bar_shows_a_loss_that_has_arrived(tmp_path, capsys):
     assert "loss" not in shown[0]
     assert shown[-1]["loss"] in losses
     assert {"data_wait_s", "quality", "val_loss"} <= shown[-1].keys()
+    assert "v_num" not in shown[-1]
+    assert re.findall(r"Epoch \S+", capsys.readouterr().out)[-1] == "Epoch 2/2"

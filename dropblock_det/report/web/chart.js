@@ -9,16 +9,17 @@ function range(points) {
 /** Lines are { setting, label, points: [{ x, mean, low, high }], stroke, dashed }; low and high make a band. */
 function lineChart(title, lines, { domain, axis = "epoch", whole = true } = {}) {
   const box = html("div", {}, html("h3", {}, title));
-  const width = 380, height = 240, left = 46, bottom = 34, top = 8, right = 12;
+  const width = 380, height = 240, bottom = 34, top = 8, right = 12;
   const points = lines.flatMap(l => l.points);
   if (!points.length) { box.append(html("p", { class: "hint" }, "not measured")); return box; }
   const places = [...new Set(points.map(p => p.x))].sort((a, b) => a - b);
   const first = places[0], last = places.at(-1);
   const [low, high] = domain ?? range(points);
+  const marks = ticks(low, high, 5);
+  const left = Math.max(46, 10 + 7 * Math.max(...marks.map(t => tickText(t, marks).length)));
   const x = v => left + (last > first ? (v - first) / (last - first) : .5) * (width - left - right);
   const y = v => top + (high - v) / (high - low) * (height - top - bottom);
   const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, width: "100%", role: "img", "aria-label": title });
-  const marks = ticks(low, high, 5);
   for (const t of marks) chart.append(
     svg("line", { class: "grid", x1: left, x2: width - right, y1: y(t), y2: y(t) }),
     svg("text", { x: left - 6, y: y(t) + 4, "text-anchor": "end" }, tickText(t, marks)));

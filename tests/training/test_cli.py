@@ -276,7 +276,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(run, scenes, tmp_path):
 @pytest.mark.parametrize(
     ("sent", "status", "message"),
     [
-        (signal.SIGTERM, 143, "stopped; --resume"),
+        (signal.SIGTERM, 143, f"stopped; python {ROOT / 'tools' / 'train.py'} --resume"),
         (signal.SIGKILL, 2, "error: a process that loads images was killed: out of memory?"),
     ],
 )

@@ -26,7 +26,7 @@ function drawForest() {
   const width = Math.max(280, box.clientWidth), narrow = width < 640;
   const longest = Math.max(...others.map(s => s.length), 8);
   const left = narrow ? 8 : Math.min(230, 24 + 7.4 * longest), right = narrow ? 8 : 250;
-  const step = narrow ? 54 : 36, height = rows.length * step + 34;
+  const step = narrow ? 70 : 36, height = rows.length * step + 34; // narrow: name, words, marks, one below another
   let [low, high] = [Math.min(...ends), Math.max(...ends)];
   const pad = (high - low || 1) * .06; low -= pad; high += pad;
   const x = v => left + (v - low) / (high - low) * (width - left - right);
@@ -38,13 +38,12 @@ function drawForest() {
     svg("text", { x: x(t / scale), y: height - 6, "text-anchor": "middle" }, tickText(t, marks)));
   chart.append(svg("line", { class: "axis", x1: x(0), x2: x(0), y1: 0, y2: height - 22 }));
   rows.forEach(({ setting, d, words, seeds, images }, i) => {
-    const y = i * step + (narrow ? 34 : 18), stroke = `stroke:${colour(setting)}`;
-    const label = narrow && setting.length > 21 ? setting.slice(0, 20) + "…" : setting;
+    const y = i * step + (narrow ? 50 : 18), stroke = `stroke:${colour(setting)}`;
+    const label = narrow && setting.length > 38 ? setting.slice(0, 37) + "…" : setting;
     chart.append(
-      svg("text", { class: "name", x: narrow ? left : left - 12, y: narrow ? y - 14 : y + 4,
+      svg("text", { class: "name", x: narrow ? left : left - 12, y: narrow ? y - 31 : y + 4,
         "text-anchor": narrow ? "start" : "end" }, label),
-      svg("text", { x: narrow ? width - 8 : width - right + 14, y: narrow ? y - 14 : y + 4,
-        "text-anchor": narrow ? "end" : "start", class: d?.shown ? "shown" : "" },
+      svg("text", { x: narrow ? left : width - right + 14, y: narrow ? y - 14 : y + 4, class: d?.shown ? "shown" : "" },
       d ? `${signed(d.mean * scale, digits)}  ${words.verdict}` : words.verdict));
     if (!d) return;
     if (d.own) chart.append(svg("line", { x1: x(Math.max(low, d.own[0])), x2: x(Math.min(high, d.own[1])),

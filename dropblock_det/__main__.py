@@ -6,6 +6,7 @@ What a command needs is imported when it is called: ``--help`` is there at once,
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from dropblock_det.errors import InputError, run_tool
 
@@ -96,6 +97,8 @@ def run(words: Words) -> None:
     if not words or words[0] in ("-h", "--help"):
         lines = (f"  {name:14}{inspect.getdoc(function)}" for name, function in COMMANDS.items())
         print("usage: dropblock-det COMMAND ...\n", *lines, "\nCOMMAND --help lists what it takes.", sep="\n")
+    elif words[0] == "--version":
+        print(f"dropblock_det {version('dropblock_det')}")
     elif words[0] in COMMANDS:
         COMMANDS[words[0]](words[1:])
     else:

@@ -27,6 +27,11 @@ def test_help_lists_every_command_at_once():
     assert re.findall(r"^  ([\w-]+)  +\S", shown.stdout, re.MULTILINE) == list(COMMANDS)
 
 
+def test_version(capsys):
+    run(["--version"])
+    assert re.fullmatch(r"dropblock_det \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 def test_every_command_shows_its_own_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dropblock-det"])
     for name in COMMANDS:

@@ -81,7 +81,8 @@ def corner_probability(
 def expected_drop_share(gamma: float, block_size: BlockSize, height: int, width: int) -> float:
     """The exact expectation of the share of elements dropped, given the corners' probability."""
     kh, kw, _, _ = block_and_grid(height, width, block_size)
-    return 1.0 - sum(share * (1.0 - gamma) ** n for n, share in _cover(height, width, kh, kw).items())
+    cover = _cover(height, width, kh, kw).items()
+    return min(1.0, sum(share * (1.0 - (1.0 - gamma) ** n) for n, share in cover))
 
 
 def _cover(height: int, width: int, kh: int, kw: int) -> dict[int, float]:

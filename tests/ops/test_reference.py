@@ -1,5 +1,6 @@
 """The definition against theory: exact expected shares, small and oblong maps, half precision."""
 
+import itertools
 import math
 
 import pytest
@@ -77,3 +78,11 @@ def test_nothing_kept_is_zero_and_has_zero_gradient():
 def test_gamma_keeps_tiny_probabilities():
     gamma = reference.corner_probability(1e-9, 3, 50, 50, "exact")
     assert math.isclose(reference.expected_drop_share(gamma, 3, 50, 50), 1e-9, rel_tol=1e-6)
+
+
+def test_expected_share_stays_between_0_and_1():
+    """Whatever the rounding of the shares of positions: its square root is taken."""
+    for size, block in itertools.product(range(1, 40), (1, 2, 3, 5, 7, 11)):
+        assert reference.expected_drop_share(0.0, block, size, size + 1) == 0.0
+        assert 1.0 - 1e-12 < reference.expected_drop_share(1.0, block, size, size + 1) <= 1.0
+        assert 0.0 < reference.expected_drop_share(1e-12, block, size, size + 1) < 1e-10

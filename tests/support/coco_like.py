@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dropblock_det.coco_subset.choose import SPLITS
@@ -140,3 +141,46 @@ def write_full_size(
             polygon = rng.choice(polygons)
             out.write((", " if number else "") + json.dumps(entry)[:-1] + f', "segmentation": {polygon}}}')
         out.write('], "categories": ' + json.dumps([{"id": i, "name": f"class {i}"} for i in classes]) + "}")
+
+
+def val2017_like() -> tuple[dict[str, Any], list[dict[str, torch.Tensor]], list[dict[str, Any]]]:
+    """Annotations of val2017's size, a detector's output of 100 detections per image, and the categories.
+
+    Of the detections of an image, as many as it has objects lie beside these.
+    """
+    rng = np.random.default_rng(0)
+    images, boxes = 5000, 36_781
+    categories = [{"label": number, **kind} for number, kind in enumerate(category_list(80), start=1)]
+    image = np.sort(rng.integers(0, images, boxes))
+    label = rng.integers(1, 81, boxes)
+    corner, side = rng.uniform(0, 400, (boxes, 2)), np.exp(rng.uniform(2, 5, (boxes, 2)))
+    annotations = {
+        "images": [{"id": number, "width": 640, "height": 480} for number in range(images)],
+        "categories": categories,
+        "annotations": [
+            {
+                "id": number + 1,
+                "image_id": int(image[number]),
+                "category_id": categories[label[number] - 1]["id"],
+                "bbox": [*corner[number].tolist(), *side[number].tolist()],
+                "area": float(side[number].prod()),
+                "iscrowd": int(rng.random() < 0.01),
+            }
+            for number in range(boxes)
+        ],
+    }
+    detections = []
+    for own in np.split(np.arange(boxes), np.searchsorted(image, np.arange(1, images))):
+        others = 100 - len(own)
+        near = np.concatenate([corner[own], corner[own] + side[own]], axis=1)
+        near += rng.normal(0, 4, near.shape)
+        far = rng.uniform(0, 300, (others, 4))
+        far[:, 2:] += 310
+        detections.append(
+            {
+                "boxes": torch.tensor(np.concatenate([near, far]), dtype=torch.float32),
+                "scores": torch.tensor(rng.random(100), dtype=torch.float32),
+                "labels": torch.tensor(np.concatenate([label[own], rng.integers(1, 81, others)])),
+            }
+        )
+    return annotations, detections, categories

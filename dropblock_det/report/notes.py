@@ -22,7 +22,6 @@ def notes(
             "estimated from the others by least squares."
         )
     lines += _overfitting(comparison)
-    lines += _learned_little(comparison, columns)
     if comparison.late_seeds:
         late = ", ".join(map(str, comparison.late_seeds))
         lines.append(
@@ -101,17 +100,18 @@ def _what_varies(comparison: Comparison) -> str:
     )
 
 
-def _learned_little(comparison: Comparison, columns: Mapping[str, Column]) -> list[str]:
-    lines = []
+def learned_little(comparison: Comparison, columns: Mapping[str, Column]) -> dict[str, str]:
+    """Returns a warning for each column whose models are hardly better than untrained ones."""
+    warnings = {}
     for metric in comparison.metrics:
         best = columns[f"best_{metric.name}"].of
         values = [value for record in comparison.records if (value := best(record)) is not None]
         if values and metric.little is not None and max(values) < metric.little:
-            lines.append(
+            warnings[metric.name] = warnings[f"best_{metric.name}"] = (
                 f"No run reached {printable(metric.title)} {metric.little}: these models learned next to "
                 "nothing yet, and what a regularizer changes in them says nothing about trained ones."
             )
-    return lines
+    return warnings
 
 
 def _inconsistencies(comparison: Comparison) -> list[str]:

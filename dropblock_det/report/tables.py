@@ -8,7 +8,7 @@ from typing import Any
 
 from dropblock_det.comparison.gather import REFERENCE, Absent, Comparison
 from dropblock_det.report.columns import Column, columns
-from dropblock_det.report.notes import notes
+from dropblock_det.report.notes import learned_little, notes
 from dropblock_det.report.resampling import OtherImages
 from dropblock_det.report.results import SettingResult, setting_results
 from dropblock_det.report.words import (
@@ -36,7 +36,7 @@ class Report:
         results: a setting each, the reference first.
         absent: the runs without a result.
         answers: one honest sentence for each compared column, the headline's first.
-        power: for each of them, what the comparison could have shown.
+        power: for each of them, what the comparison could have shown, or why it could show nothing.
         pairing: for each of them, whether pairing by seed helps.
         images: what resampling the validation images says, if the runs wrote their outcomes.
         notes: what must be said with the numbers.
@@ -116,7 +116,8 @@ def build_report(comparison: Comparison, last: int = 1, images: OtherImages | No
         results,
         comparison.absent,
         {name: answer(found[name].metric, results) for name in compared},
-        {n: power(found[n].metric, evidence[n], evidence[n].seeds) for n in compared if n in evidence},
+        {n: power(found[n].metric, evidence[n], evidence[n].seeds) for n in compared if n in evidence}
+        | learned_little(comparison, found),
         {n: pairing(found[n].metric, evidence[n]) for n in compared if n in evidence},
         images,
         tuple(notes(comparison, found, evidence, images is not None)),

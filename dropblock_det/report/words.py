@@ -114,10 +114,11 @@ def power(metric: Metric, evidence: Evidence, seeds: int) -> str:
             f"{title}: it takes two seeds of {REFERENCE} and of another setting to say what could be shown."
         )
     found = evidence.detectable * metric.scale
-    digits = metric.digits if round(found, metric.digits) else metric.digits + 4
+    if not round(found, metric.digits):
+        return f"{title}: the runs hardly differ in it, so this comparison says next to nothing about it."
     text = (
-        f"{title}: with these {seeds} seeds a true difference of {found:.{digits}f} would have been found "
-        "four times in five"
+        f"{title}: with these {seeds} seeds a true difference of {found:.{metric.digits}f} would have been "
+        "found four times in five"
     )
     more = seeds_for_half(evidence.settings, seeds)
     return f"{text}; half of it would take {more} seeds." if more else f"{text}."

@@ -198,14 +198,26 @@ def test_a_subset_for_each_seed_is_said(tmp_path):
 
 
 def test_models_that_learned_nothing_are_said_to_have(tmp_path):
+    """In the place of what the comparison could have shown, which is nothing."""
     comparison, report = report_of(tmp_path, settings=("none", "dropout"))
-    assert not [note for note in report.notes if "next to nothing" in note]
+    assert "next to nothing" not in to_markdown(report)
     little = [
         replace(record, epochs=tuple(epoch | {"mAP": epoch["mAP"] / 100} for epoch in record.epochs))
         for record in comparison.records
     ]
-    notes = build_report(replace(comparison, records=little)).notes
-    assert any("No run reached mAP 0.01: these" in note for note in notes)
+    report = build_report(replace(comparison, records=little))
+    assert report.power["mAP"].startswith("No run reached mAP 0.01: these models learned next to nothing")
+    assert report.power["mAP"] == report.power["best_mAP"]
+    assert "four times in five" in report.power["val_loss"]
+
+
+def test_runs_that_do_not_differ_promise_no_tiny_differences(tmp_path):
+    comparison, _ = report_of(tmp_path, settings=("none", "dropout"))
+    alike = [
+        replace(record, epochs=tuple(epoch | {"mAP": 0.3 + record.seed * 1e-9} for epoch in record.epochs))
+        for record in comparison.records
+    ]
+    assert "hardly differ" in build_report(replace(comparison, records=alike)).power["mAP"]
 
 
 def test_csv_holds_the_unrounded_numbers(tmp_path):

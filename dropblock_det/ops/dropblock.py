@@ -36,8 +36,7 @@ def check_arguments(p: float, block_size: BlockSize, per_channel: bool, calibrat
     """Raises :class:`InputError`, naming the argument and its value, for what no input could make right."""
     check_p(p)
     sides = block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
-    whole = [isinstance(side, Integral) and not isinstance(side, bool) for side in sides]
-    if len(sides) != 2 or not all(whole) or not all(1 <= side < 2**63 for side in sides):
+    if len(sides) != 2 or not (_is_side(sides[0]) and _is_side(sides[1])):
         raise InputError(
             f"block_size must be an integer from 1 to 2**63 - 1, or a pair of them, not {block_size!r}"
         )
@@ -45,6 +44,10 @@ def check_arguments(p: float, block_size: BlockSize, per_channel: bool, calibrat
         raise InputError(f"per_channel must be True or False, not {per_channel!r}")
     if calibration not in CALIBRATIONS:
         raise InputError(f"calibration must be one of {', '.join(CALIBRATIONS)}, not {calibration!r}")
+
+
+def _is_side(side: object) -> bool:
+    return isinstance(side, Integral) and not isinstance(side, bool) and 1 <= int(side) < 2**63
 
 
 def check_map(x: Tensor) -> None:

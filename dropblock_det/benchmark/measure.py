@@ -21,7 +21,10 @@ from dropblock_det.errors import InputError
 WARM_UP = 2  # rounds before those that count
 HEAD_START = 4_000_000  # cycles of a GPU, about 2 ms, in which the host launches what is timed
 
+HOST = "op: host"  # what the host takes to launch an operation: where small maps come thick, all that counts
+
 Amount = Annotated[float, Meta(ge=0, le=1e12)]
+Times = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Case:
     works: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
-def milliseconds(work: Callable[[], Any], device: str) -> float:
-    """Wall time of one call; on a GPU the time between two events on its stream.
+def milliseconds(work: Callable[[], Any], device: str) -> tuple[float, float]:
+    """What one call takes: the device, which is the time between two events on its stream, and the host.
 
     The GPU sleeps first, so that the host runs ahead, as it does in a training step. On an idle GPU the
     events would measure how long Python takes to launch small kernels.
@@ -73,13 +76,14 @@ def milliseconds(work: Callable[[], Any], device: str) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(HEAD_START)
         start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
     begun = time.perf_counter()
     work()
-    return (time.perf_counter() - begun) * 1e3
+    host = (time.perf_counter() - begun) * 1e3
+    if device != "cuda":
+        return host, host
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), host
 
 
 def peak_memory(work: Callable[[], Any], device: str) -> float:
@@ -114,21 +118,27 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def time_rounds(case: Case, rounds: int, on_round: Callable[[], None]) -> dict[str, list[float]]:
-    """Times all works in every round, one after the other, each round starting at another one."""
+def time_rounds(case: Case, rounds: int, on_round: Callable[[], None]) -> tuple[Times, Times]:
+    """Times all works in every round, one after the other, each round starting at another one.
+
+    Returns:
+        Milliseconds of the device, and of the host.
+    """
     names = list(case.works)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    device: Times = {name: [] for name in names}
+    host: Times = {name: [] for name in names}
     for turn in range(-WARM_UP, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             elapsed = milliseconds(case.works[name], case.device)
             if turn >= 0:
-                times[name].append(elapsed)
+                device[name].append(elapsed[0])
+                host[name].append(elapsed[1])
         on_round()
-    return times
+    return device, host
 
 
 def measure(case: Case, rounds: int, on_round: Callable[[], None] = lambda: None, busy: int = 0) -> list[Row]:
-    """Measures the works of a case, and the memory of each map's.
+    """Measures the works of a case; of an operation on a map also the memory and, on a GPU, the host's time.
 
     Args:
         case: What to time.
@@ -138,10 +148,13 @@ def measure(case: Case, rounds: int, on_round: Callable[[], None] = lambda: None
     """
     memory = {name: peak_memory(work, case.device) for name, work in case.works.items() if case.what == "op"}
     with busy_processes(busy):
-        times = time_rounds(case, rounds, on_round)
+        device, host = time_rounds(case, rounds, on_round)
     if busy:
         case = replace(case, setting=f"{case.setting}, {busy} busy")
-    return rows_of(case, times, memory)
+    rows = rows_of(case, device, memory)
+    if case.what == "op" and case.device == "cuda":
+        rows += rows_of(replace(case, what=HOST), host)
+    return rows
 
 
 def rows_of(

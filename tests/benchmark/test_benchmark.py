@@ -58,6 +58,21 @@ def test_rows_are_read_back_and_shown(made, tmp_path):
     assert (tmp_path / "rows.png").stat().st_size > 5000
 
 
+def test_on_a_gpu_the_hosts_time_makes_rows_of_its_own(monkeypatch):
+    monkeypatch.setattr(measure, "milliseconds", lambda work, device: (4.0, work()))
+    monkeypatch.setattr(measure, "peak_memory", lambda work, device: 1.0)
+    monkeypatch.setattr(measure, "hardware", lambda device: device)
+    works = {"F.dropout": lambda: 0.02, "ours": lambda: 0.05}
+    rows = measure.measure(measure.Case("op", "s", (1, 2), "cuda", "F.dropout", works), 3)
+    assert [(row.what, row.provider, row.median_ms, row.relative) for row in rows] == [
+        ("op", "F.dropout", 4.0, 1.0),
+        ("op", "ours", 4.0, 1.0),
+        ("op: host", "F.dropout", 0.02, 1.0),
+        ("op: host", "ours", 0.05, 2.5),
+    ]
+    assert "## op: host: s" in report.markdown(rows)
+
+
 def test_processes_are_busy_inside_and_gone_afterwards():
     def running() -> int:
         own = subprocess.run(

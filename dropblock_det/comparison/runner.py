@@ -129,7 +129,9 @@ class Runner:
         ended = self._train(run, folder, device, lock)
         if ended is None:
             return None
-        record = read_record(folder) or Record(task="", metrics=(), headline="", status="running")
+        record = read_record(folder) or Record(
+            task="", metrics=(), headline="", status="running", setting=run.setting, seed=run.seed
+        )
         if record.finished:
             keep_thumbnails(self.root, record)
             for checkpoint in last_checkpoints(folder):  # only for resuming; hundreds of MB each

@@ -4,6 +4,7 @@ A batch is cut from one tensor by the indices of its images: no worker process, 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +63,7 @@ def load_cifar10(root: Path, train: bool, download: bool, size: int | None, choo
     data = CIFAR10(str(root), train=train, download=download)
     ids = choose(len(data.targets))
     images = torch.from_numpy(data.data)[ids].permute(0, 3, 1, 2).contiguous()
-    return Labelled(images, torch.tensor(data.targets)[ids], tuple(data.classes), ids)
+    return Labelled(resized(images, size, root), torch.tensor(data.targets)[ids], tuple(data.classes), ids)
 
 
 def load_mnist(root: Path, train: bool, download: bool, size: int | None, choose: Choose) -> Labelled:
@@ -75,7 +76,7 @@ def load_mnist(root: Path, train: bool, download: bool, size: int | None, choose
     if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() >= len(data.classes):
         raise RuntimeError("its files are damaged (images and labels do not fit)")
     ids = choose(len(labels))
-    return Labelled(images[ids].unsqueeze(1), labels[ids], tuple(data.classes), ids)
+    return Labelled(resized(images[ids].unsqueeze(1), size, root), labels[ids], tuple(data.classes), ids)
 
 
 def load_folder(root: Path, train: bool, download: bool, size: int | None, choose: Choose) -> Labelled:
@@ -89,17 +90,28 @@ def load_folder(root: Path, train: bool, download: bool, size: int | None, choos
         image = read_image(Path(file))
         shape = image.shape if size is None else (3, size, size)
         if images is None:
-            if len(ids) * np.prod(shape, dtype=float) > MAX_BYTES:
-                raise InputError(
-                    f"{root}: takes more than {MAX_BYTES >> 30} GiB decoded; give a smaller data.size"
-                )
+            check_memory(root, (len(ids), *shape))
             images = torch.empty((len(ids), *shape), dtype=torch.uint8)
         if shape != images.shape[1:]:
             found, first = ("x".join(map(str, shape[:0:-1])) for shape in (shape, images.shape[1:]))
             raise InputError(f"{file}: {found} pixels, the first image has {first}; give a data.size for all")
-        images[number] = image if size is None else resize(image, [size, size], antialias=True)
+        images[number] = resized(image, size, root)
     assert images is not None  # ImageFolder raises where there is no image
     return Labelled(images, torch.tensor(data.targets)[ids], tuple(data.classes), ids)
+
+
+def resized(images: Tensor, size: int | None, root: Path) -> Tensor:
+    """uint8 ``(..., H, W)`` as ``(..., size, size)``; as they are where ``size`` is None."""
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    check_memory(root, (*images.shape[:-2], size, size))
+    return resize(images, [size, size], antialias=True)
+
+
+def check_memory(root: Path, shape: tuple[int, ...]) -> None:
+    """Raises :class:`InputError` where decoded images would not fit."""
+    if math.prod(shape) > MAX_BYTES:
+        raise InputError(f"{root}: takes more than {MAX_BYTES >> 30} GiB decoded; give a smaller data.size")
 
 
 def _check_classes(folder: Path, data: ImageFolder) -> None:
@@ -224,7 +236,7 @@ class ClassificationDataModule(LightningDataModule):
         source: ``cifar10`` or ``mnist`` in the files of their authors, or ``folder``:
             ``root/train/CLASS/*`` and ``root/test/CLASS/*``.
         download: Fetch ``cifar10`` or ``mnist`` where they are not there yet.
-        size: For ``folder``: pixels per side that images are resized to; null if all have the same size.
+        size: Pixels per side that images are resized to; null leaves them as they are, all of one size.
         batch_size: Images per batch and process.
         flip: Mirror half of the training images.
         shift: Move each training image by up to this many pixels.

@@ -233,18 +233,18 @@ def test_wrong_plans_are_input_errors(tmp_path, break_it, seeds, words):
 def test_a_failed_run_says_why_keeps_its_epochs_and_is_tried_again(tmp_path):
     configs(tmp_path, bad={"fail": "loss is not finite"}, dead={"die": "no memory"}, good={})
     root = tmp_path / "runs"
-    assert dict(compare(tmp_path, [0])) == {
-        Run("none", 0): True,
-        Run("bad", 0): False,
-        Run("dead", 0): False,
-        Run("good", 0): True,
+    assert dict(compare(tmp_path, [3])) == {
+        Run("none", 3): True,
+        Run("bad", 3): False,
+        Run("dead", 3): False,
+        Run("good", 3): True,
     }
     assert [(a.setting, a.status, a.epochs, a.reason) for a in gather(root).absent] == [
         ("bad", "failed", 1, "loss is not finite (exit status 2)"),
         ("dead", "failed", 0, "no memory (exit status 1)"),
     ]
-    assert compare(tmp_path, [0]) == [(Run("bad", 0), False), (Run("dead", 0), False)]
-    assert read_record(run_folder(root, "bad", 0)).epochs[-1]["epoch"] == 1  # it went on from its checkpoint
+    assert compare(tmp_path, [3]) == [(Run("bad", 3), False), (Run("dead", 3), False)]
+    assert read_record(run_folder(root, "bad", 3)).epochs[-1]["epoch"] == 1  # it went on from its checkpoint
 
 
 def test_only_a_failed_run_keeps_what_it_resumes_from(tmp_path):

@@ -219,6 +219,7 @@ def test_mnist_s_own_files_are_read(tmp_path):
     assert np.array_equal(data.val_dataset.images[2, 0], pixels[2])
     assert data.val_dataset.labels.tolist() == [0, 1, 2]
     assert len(data.categories) == 10
+    assert ClassificationDataModule(str(tmp_path), "mnist", size=32).image_shape == (1, 32, 32)
 
 
 @pytest.mark.parametrize(

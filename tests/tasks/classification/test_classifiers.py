@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from support.tiny_run import ROOT
 from torch import nn
 
 from dropblock_det.errors import InputError
+from dropblock_det.files import read_yaml
 from dropblock_det.tasks.classification.models import build_classifier
 
 
@@ -41,6 +43,17 @@ def test_densenet_is_the_course_project_s():
     assert model.features[:4](torch.zeros(1, 3, 32, 32)).shape[-2:] == (8, 8)
     assert (layer.conv1.kernel_size, layer.conv1.out_channels) == ((1, 1), 128)
     assert (layer.conv2.kernel_size, layer.conv2.out_channels) == ((3, 3), 32)
+
+
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "configs" / "classification").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_shipped_configs_models_take_their_images(config):
+    settings = read_yaml(config)
+    data, model = settings["data"]["init_args"], settings["model"]
+    side = data.get("size", {"mnist": 28, "cifar10": 32}[data["source"]])
+    images = torch.zeros(2, 3, side, side)
+    assert build_classifier(model["name"], 10, (3, side, side))(images).shape == (2, 10)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ from dropblock_det.errors import InputError
 from dropblock_det.files import read_yaml
 from dropblock_det.tasks.classification.models import build_classifier
 
+SHIPPED = [
+    f"{data}_{model}" for data in ("cifar10", "mnist") for model in ("small_cnn", "resnet50", "densenet")
+]
+
 
 def test_the_small_cnn_is_the_course_project_s():
     model = build_classifier("small_cnn", 10, (3, 32, 32))

@@ -7,7 +7,10 @@ from torch import nn
 
 from dropblock_det.errors import InputError
 from dropblock_det.files import read_yaml
+from dropblock_det.inject.inject import regularize_
+from dropblock_det.layers import DropBlock2d
 from dropblock_det.tasks.classification.models import build_classifier
+from dropblock_det.tasks.classification.module import ClassificationModule
 
 SHIPPED = [
     f"{data}_{model}" for data in ("cifar10", "mnist") for model in ("small_cnn", "resnet50", "densenet")
@@ -49,15 +52,16 @@ def test_densenet_is_the_course_project_s():
     assert (layer.conv2.kernel_size, layer.conv2.out_channels) == ((3, 3), 32)
 
 
-@pytest.mark.parametrize(
-    "config", sorted((ROOT / "configs" / "classification").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_the_shipped_configs_models_take_their_images(config):
-    settings = read_yaml(config)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_configs_models_take_their_images_and_regularizers(name):
+    settings = read_yaml(ROOT / "configs" / "classification" / f"{name}.yaml")
     data, model = settings["data"]["init_args"], settings["model"]
     side = data.get("size", {"mnist": 28, "cifar10": 32}[data["source"]])
-    images = torch.zeros(2, 3, side, side)
-    assert build_classifier(model["name"], 10, (3, side, side))(images).shape == (2, 10)
+    shape = ({"mnist": 1, "cifar10": 3}[data["source"]], side, side)
+    categories = [{"label": label, "id": label, "name": str(label)} for label in range(10)]
+    module = ClassificationModule(categories, shape, model["name"])
+    regularize_(module, lambda: DropBlock2d(0.1, 7), at=settings["regularize"]["at"])
+    assert module(torch.randint(0, 256, (2, *shape), dtype=torch.uint8)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Every detector, trained, killed, resumed and evaluated on real images; and the README's table of them.
+"""Every detector, trained, killed, resumed and evaluated on real images; and the table of them.
 
 ``OMP_NUM_THREADS=1 pytest -m slow tests/slow/test_detectors.py -k one_pass`` takes minutes; ``-k learns``
 trains each with the quickstart's budget, which takes hours, and goes on where it stopped, for the runs stay
-in runs/detectors. Both write data/results/detectors.csv and .md and the README's table, a row at a time.
-``-k real_images`` takes minutes.
+in runs/detectors. Both write data/results/detectors.csv and .md and, a row at a time, the table in the
+training's README. ``-k real_images`` takes minutes.
 """
 
 import csv
@@ -28,7 +28,7 @@ from dropblock_det.tasks.detection.module import DetectionModule
 
 pytestmark = pytest.mark.slow
 TABLE = ROOT / "data" / "results" / "detectors.csv"
-README = ROOT / "README.md"
+README = ROOT / "dropblock_det" / "training" / "README.md"
 RUNS = ROOT / "runs" / "detectors"
 START, END = "<!-- detectors table -->\n", "<!-- end of detectors table -->"
 

@@ -28,9 +28,10 @@ class Regularize(Callback):
     generators are seeded from (seed, rank, step): processes draw different masks, and a resumed run
     draws those that it would have drawn.
 
-    Logged are ``p``, the share really dropped over all sites (``drop_share``, on the steps that are logged)
-    and, at an epoch's end, per site (``drop_share/<site>``). Of several such callbacks each logs
-    ``p/<regularizer>`` and ``drop_share/<regularizer>``.
+    Logged are ``p`` and, on the steps that are logged, the share really dropped over all sites
+    (``drop_share``); at an epoch's end both as means over these steps (``p_epoch``, ``drop_share_epoch``) and
+    the share per site (``drop_share/<site>``). Of several such callbacks each logs ``p/<regularizer>``,
+    ``drop_share/<regularizer>`` and so on.
 
     Args:
         regularizer: A name in :data:`~dropblock_det.layers.REGULARIZERS`: ``none``, ``dropout``,
@@ -84,6 +85,7 @@ class Regularize(Callback):
         self._seed = 0
         self._total_steps: float = 0
         self._epochs = 1
+        self._counted: list[float] = []  # p in the steps whose shares are counted
 
     def make(self) -> nn.Module:
         """Returns a new regularizer."""
@@ -137,8 +139,10 @@ class Regularize(Callback):
             self.handle.set_p(p)
             pl_module.log(self._log_name(trainer, "p"), torch.tensor(p))  # a float would go to the device
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.is_last_batch or (every and (batch_idx + 1) % every == 0):
+        if trainer.is_last_batch or (every and (trainer.global_step + 1) % every == 0):
             self.shares.start()
+            if self.p is not None:
+                self._counted.append(p)
             if _is_compiled(pl_module):  # compiled code has no hooks that count
                 torch.compiler.set_stance("force_eager")
 
@@ -169,9 +173,13 @@ class Regularize(Callback):
         """Logs the share dropped at each site, and warns where it is not what it should be."""
         if self.shares is None:
             return
-        shares, warnings = self.shares.collect(
+        share, shares, warnings = self.shares.collect(
             pl_module.device, lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
         )
+        counted, self._counted = self._counted, []
+        for name, value in (("p", sum(counted) / len(counted) if counted else None), ("drop_share", share)):
+            if value is not None:
+                pl_module.log(f"{self._log_name(trainer, name)}_epoch", value)
         for site, share in shares.items():
             pl_module.log(f"drop_share/{site}", share)
         for warning in warnings:

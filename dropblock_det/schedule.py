@@ -56,7 +56,7 @@ def scheduled_p(
 
 def lr_factor(
     step: int,
-    total_steps: int,
+    total_steps: float,
     schedule: str = "cosine",
     warmup_steps: int = 0,
     milestones: Sequence[float] = (),
@@ -67,7 +67,7 @@ def lr_factor(
 
     Args:
         step: Optimizer steps done so far.
-        total_steps: Optimizer steps of the whole training.
+        total_steps: Optimizer steps of the whole training; ``"constant"`` does not look at it.
         schedule: ``"constant"``, ``"cosine"`` (to 0 at the end) or ``"step"`` (a tenth at each milestone).
         warmup_steps: Steps of linear warm-up.
         milestones: For ``"step"``: shares of the training, between 0 and 1, in rising order.

@@ -89,6 +89,16 @@ def test_the_dropped_share_is_measured(tmp_path):
     assert [float(share) for share in watch.shares] == pytest.approx([0.3] * 8, abs=0.0115)
 
 
+def test_an_epoch_s_share_is_the_mean_over_the_steps_that_are_logged(tmp_path):
+    watch = Watch()
+    regularize = Regularize("dropblock", p=0.4, block_size=1)
+    _, trainer = fit(tmp_path, regularize, watch, log_every_n_steps=2)
+    counted = (watch.p[5] + watch.p[7]) / 2  # the second of two, and the last
+    assert float(trainer.callback_metrics["p_epoch"]) == pytest.approx(counted)
+    # As above, of two steps; 5 * sqrt(0.24 / 2e4) = 0.017.
+    assert float(trainer.callback_metrics["drop_share_epoch"]) == pytest.approx(counted, abs=0.017)
+
+
 def test_a_resumed_run_has_the_same_p_and_masks(tmp_path):
     straight, resumed = Watch(), Watch()
     regularize = {"regularizer": "dropblock", "p": 0.4, "block_size": 2}
@@ -244,9 +254,9 @@ def test_two_callbacks_log_each_under_its_own_name(tmp_path):
     third = Regularize("dropout", 0.1, at="net.7", schedule="constant")
     fit(tmp_path, first, second, third, values, Regularize("none"), module=Tiny(), epochs=1)
     (logged,) = values.logged
-    assert {name: logged[name] for name in logged if name.startswith("p")} == pytest.approx(
-        {"p/dropout_1": 0.4, "p/spatial_dropout": 0.2, "p/dropout_2": 0.1}
-    )
+    targets = {"p/dropout_1": 0.4, "p/spatial_dropout": 0.2, "p/dropout_2": 0.1}
+    targets |= {f"{name}_epoch": p for name, p in targets.items()}
+    assert {name: logged[name] for name in logged if name.startswith("p")} == pytest.approx(targets)
     assert {"drop_share/dropout_1", "drop_share/dropout_2", "drop_share/spatial_dropout"} < set(logged)
 
 

@@ -129,15 +129,13 @@ class Runner:
         ended = self._train(run, folder, device, lock)
         if ended is None:
             return None
-        record = read_record(folder) or Record(
-            task="", metrics=(), headline="", status="running", setting=run.setting, seed=run.seed
-        )
+        record = read_record(folder) or Record(task="", metrics=(), headline="", status="running")
         if record.finished:
             keep_thumbnails(self.root, record)
             for checkpoint in last_checkpoints(folder):  # only for resuming; hundreds of MB each
                 checkpoint.unlink()
         else:
-            record = replace(record, status="failed", reason=ended)
+            record = replace(record, setting=run.setting, seed=run.seed, status="failed", reason=ended)
             write_record(folder, record)
         return record
 

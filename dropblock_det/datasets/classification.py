@@ -336,9 +336,17 @@ class ClassificationDataModule(LightningDataModule):
         return {"root": str(self.root)} | {name: getattr(self, name) for name in names}
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs: for ``fit`` both parts, which must have the same classes."""
-        if stage == "fit" and self.categories != self.val_categories:
+        """Reads what the stage needs: for ``fit`` both parts, of the same classes and one size of images."""
+        if stage != "fit":
+            return
+        if self.categories != self.val_categories:
             raise InputError(f"{self.root}: train and test have other classes; give both the same folders")
+        if (shape := self.val_dataset.images.shape[1:]) != self.image_shape:
+            found, first = ("x".join(map(str, reversed(s[1:]))) for s in (shape, self.image_shape))
+            raise InputError(
+                f"{self.root}: the test images have {found} pixels, those of the training {first}; give a "
+                "data.size for all"
+            )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Cuts shuffled, augmented batches."""

@@ -85,7 +85,7 @@ class SiteShares:
 
     def collect(
         self, device: torch.device, add_up: Callable[[Tensor], Tensor]
-    ) -> tuple[dict[str, float], list[str]]:
+    ) -> tuple[float | None, dict[str, float], list[str]]:
         """What was counted since the last call.
 
         Args:
@@ -93,8 +93,8 @@ class SiteShares:
             add_up: Adds up a tensor over the processes, all of which must call this.
 
         Returns:
-            Site -> share dropped, without the sites where nothing but zeros arrived; and warnings, each once,
-            of sites that do not drop what they should.
+            The share dropped over all sites; site -> share, without the sites where nothing but zeros
+            arrived; and warnings, each once, of sites that do not drop what they should.
         """
         sums = torch.zeros(len(self._masks), 3, device=device) if self._sums is None else self._sums
         counts, masks = add_up(sums).tolist(), self._masks
@@ -114,7 +114,8 @@ class SiteShares:
             self._warning(odd, "another share is dropped than expected"),
             self._warning(self._covered, "the block covers the map, so that whole channels are dropped"),
         ]
-        return shares, [warning for warning in warnings if warning]
+        dropped, alive, _ = map(sum, zip(*counts, strict=True))
+        return dropped / alive if alive else None, shares, [warning for warning in warnings if warning]
 
     def _warning(self, sites: dict[str, str], what: str) -> str:
         new = {site: detail for site, detail in sites.items() if f"{what} {site}" not in self._warned}

@@ -60,8 +60,8 @@ def corner_probability(
     kh, kw, grid_h, grid_w = block_and_grid(height, width, block_size)
     if calibration == "paper":
         return min(1.0, p / (kh * kw) * (height * width) / (grid_h * grid_w))
-    if p >= 1.0:
-        return 1.0
+    if not 0.0 < p < 1.0:
+        return p
     # With t = -log(1 - gamma), the expected kept share is mean(exp(-n t)), n being the number of corners
     # whose block covers a position. Its logarithm is convex and falls from 0, so that Newton's method
     # started at t = 0 climbs to the root without passing it.

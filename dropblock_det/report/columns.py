@@ -110,7 +110,7 @@ COSTS = (
         lambda record: record.peak_memory_bytes,
     ),
     _cost(
-        "drop_share", "dropped", 3, 1, "share of elements really dropped, over the whole run",
+        "drop_share", "dropped", 3, 1, "share of elements really dropped, mean over the epochs",
         lambda record: (record.drop_share or {}).get("realised"),
     ),
 )  # fmt: skip

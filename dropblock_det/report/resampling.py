@@ -16,6 +16,7 @@ from dropblock_det.tasks.evaluation import Outcomes
 
 RESAMPLES, FEWEST_RESAMPLES = 1000, 20
 ENOUGH = 30  # objects of a category; fewer say little about it
+FEWEST_IMAGES = 10  # with objects; of a single one all resamples are alike, and no interval is wide enough
 THRESHOLDS = np.linspace(0, 1, 101)  # of the recall, as COCO has them
 AT_ONCE = 2**20  # elements of an array
 MOST_WEIGHTS = 2**27  # a gigabyte
@@ -121,14 +122,15 @@ def other_images(runs: Runs, resamples: int = RESAMPLES) -> OtherImages | None:
         resamples: how many draws.
 
     Returns:
-        ``None`` where there is nothing to compare or the runs were not validated on the same images.
+        ``None`` where there is nothing to compare, the runs were not validated on the same images, or there
+        are too few of these.
     """
     every = [outcomes for seeds in runs.values() for outcomes in seeds.values()]
     if not runs.get(REFERENCE) or not all(_comparable(every[0], outcomes) for outcomes in every):
         return None
     first = every[0]
     resamples = min(resamples, MOST_WEIGHTS // max(1, len(first.images)))
-    if not len(first.images) or resamples < FEWEST_RESAMPLES:
+    if np.count_nonzero(first.truths.any(axis=1)) < FEWEST_IMAGES or resamples < FEWEST_RESAMPLES:
         return None
     weights = draws(len(first.images), resamples)
     values = {

@@ -46,6 +46,7 @@ class Difference:
     Attributes:
         pairs: seeds that both have.
         above: in how many of them the setting is above the reference.
+        below: in how many it is below.
         mean: of ``setting - reference``; where runs are missing, by least squares from all that are there.
         low: lower end of the 95 % interval that counts all comparisons; ``None`` with one pair.
         high: its upper end.
@@ -56,6 +57,7 @@ class Difference:
 
     pairs: int
     above: int
+    below: int
     mean: float
     low: float | None = None
     high: float | None = None
@@ -105,18 +107,19 @@ def analyse(table: Floats) -> Analysis:
 def _difference(of_seeds: Floats, pooled: tuple[float, float] | None, share: float) -> Difference | None:
     """From a setting's paired differences, and its mean and half-width from the pool if it is in it."""
     own = of_seeds[~np.isnan(of_seeds)]
-    pairs, above = len(own), int((own > 0).sum())
+    pairs, above, below = len(own), int((own > 0).sum()), int((own < 0).sum())
     if not pairs:
         return None
     mean = float(own.mean())
     if pairs == 1:
-        return Difference(pairs, above, mean)
+        return Difference(pairs, above, below, mean)
     error = float(own.std(ddof=1)) / math.sqrt(pairs)
     half = t_quantile(OWN_ALPHA, pairs - 1) * error
     center, joint_half = pooled or (mean, t_quantile(share, pairs - 1) * error)
     return Difference(
         pairs,
         above,
+        below,
         center,
         center - joint_half,
         center + joint_half,
@@ -143,11 +146,13 @@ def _fit(table: Floats) -> _Fit:
     inverse = np.linalg.pinv(design)
     contrasts = (np.eye(len(table))[1:] - np.eye(len(table))[0]) @ inverse[: len(table)]
     residuals = values - design @ (inverse @ values)
-    # What is left of equal values by rounding is no error.
-    rss = float(residuals @ residuals)
-    rss = 0.0 if rss < 1e-24 * float(values @ values) else rss
+    differences, rss = contrasts @ values, float(residuals @ residuals)
+    # What is left of equal values by rounding is no difference and no error.
+    size = float(values @ values)
+    differences[differences**2 < 1e-24 * size] = 0.0
+    rss = 0.0 if rss < 1e-24 * size else rss
     df = len(values) - round(float((design * inverse.T).sum()))  # the trace of a projection is its rank
-    return _Fit(contrasts @ values, contrasts @ contrasts.T, rss, df)
+    return _Fit(differences, contrasts @ contrasts.T, rss, df)
 
 
 def _pool(table: Floats, rows: Sequence[int]) -> tuple[list[int], list[int]]:

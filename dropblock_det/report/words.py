@@ -34,7 +34,7 @@ def verdict(metric: Metric, difference: Difference | None) -> str:
 
 def in_seeds(metric: Metric, difference: Difference) -> str:
     """In how many of its seeds a setting is better, or higher where neither direction is."""
-    hits = difference.pairs - difference.above if metric.better == "lower" else difference.above
+    hits = difference.below if metric.better == "lower" else difference.above
     return f"{'better' if metric.better else 'higher'} in {hits} of {difference.pairs} seeds"
 
 

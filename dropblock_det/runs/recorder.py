@@ -79,7 +79,7 @@ class RunRecord(Callback):
             "task": pl_module.task,
             "metrics": pl_module.metrics,
             "headline": pl_module.headline,
-            "max_epochs": trainer.max_epochs,
+            "max_epochs": trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None,
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "config": read_config(self.folder) if (self.folder / CONFIG_NAME).exists() else {},
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
@@ -141,7 +141,9 @@ class RunRecord(Callback):
         epoch: Epoch = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         for metric in pl_module.metrics:  # what the training logs, Lightning averages as NAME_epoch
             epoch[metric.name] = logged.get(f"{metric.name}_epoch", self._measured.get(metric.name))
-        epoch |= {name: logged[name] for name in logged if name.split("/")[0] in ("p", "drop_share")}
+        for name in logged:
+            if name.split("/")[0] in ("p", "drop_share") and not name.endswith("_epoch"):
+                epoch[name] = logged.get(f"{name}_epoch", logged[name])
         epoch |= {
             "images_per_s": self._images / train_s,
             "data_wait_share": self._wait_s / train_s,

@@ -1,5 +1,6 @@
 """What the modules of all tasks share: optimizer, learning rate, losses that are not finite, validation."""
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -162,7 +163,12 @@ class TaskModule(LightningModule):
         optimizer._step_supports_amp_scaling = False
         optimizer.register_load_state_dict_pre_hook(_stays_fused)
         optimizer.register_load_state_dict_post_hook(_laid_out_as_the_weights)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = float(self.trainer.estimated_stepping_batches)  # infinite or -1 where it is not known
+        if not 0 < total < math.inf and hp.lr_schedule != "constant":
+            raise InputError(
+                f"model.lr_schedule: {hp.lr_schedule} needs to know how many steps the training has: give"
+                " the trainer max_epochs or max_steps, or choose constant"
+            )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_factor(step, total, hp.lr_schedule, hp.warmup_steps, hp.lr_milestones)
         )

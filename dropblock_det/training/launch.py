@@ -26,7 +26,7 @@ from dropblock_det.training.allowed import PACKAGES
 # All 0 or absent in the first process.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 # What every training logs beside its task's metrics: names, as a regular expression.
-LOGGED = r"(val_)?loss(_.+)?|(p|drop_share)(/.+)?|lr|data_wait_s|loss_scale|skipped_steps"
+LOGGED = r"(val_)?loss(_.+)?|(p|drop_share)(_epoch|/.+)?|lr|data_wait_s|loss_scale|skipped_steps"
 # What torch refuses in the middle of a step, and which settings change that.
 REFUSALS = {
     "Expected more than 1 value per channel": "the last batch is too small for batch norm: give another "

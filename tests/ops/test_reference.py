@@ -80,6 +80,11 @@ def test_gamma_keeps_tiny_probabilities():
     assert math.isclose(reference.expected_drop_share(gamma, 3, 50, 50), 1e-9, rel_tol=1e-6)
 
 
+def test_exact_calibration_of_nothing_is_nothing():
+    for size, block in itertools.product(range(1, 40), (1, 2, 3, 5, 7, 11)):
+        assert reference.corner_probability(0.0, block, size, size + 1, "exact") == 0.0
+
+
 def test_expected_share_stays_between_0_and_1():
     """Whatever the rounding of the shares of positions: its square root is taken."""
     for size, block in itertools.product(range(1, 40), (1, 2, 3, 5, 7, 11)):

@@ -29,7 +29,7 @@ GAP = Metric("gap", "gap")
 
 
 def test_verdicts():
-    shown = Difference(3, 3, 0.1, 0.05, 0.15, (0.02, 0.18), True, True)
+    shown = Difference(3, 3, 0, 0.1, 0.05, 0.15, (0.02, 0.18), True, True)
     assert verdict(QUALITY, shown) == "higher: better"
     assert verdict(LOSS, shown) == "higher: worse"
     assert verdict(GAP, shown) == "higher"  # neither better nor worse by itself
@@ -37,7 +37,7 @@ def test_verdicts():
     assert verdict(QUALITY, replace(shown, shown=False)) == "no difference shown"
     assert verdict(QUALITY, None) == "no pair with the same seed"
     assert in_seeds(QUALITY, replace(shown, above=2)) == "better in 2 of 3 seeds"
-    assert in_seeds(LOSS, replace(shown, above=2)) == "better in 1 of 3 seeds"
+    assert in_seeds(LOSS, replace(shown, above=2, below=1)) == "better in 1 of 3 seeds"
     assert in_seeds(GAP, replace(shown, above=2)) == "higher in 2 of 3 seeds"
 
 
@@ -134,13 +134,13 @@ def test_a_reference_that_does_not_overfit_is_said(tmp_path):
 
 
 def test_an_interval_that_leaves_0_out_is_not_printed_as_0():
-    tiny = Difference(2, 2, 1.2e-6, 5.6e-7, 1.8e-6, None, True, True)
+    tiny = Difference(2, 2, 0, 1.2e-6, 5.6e-7, 1.8e-6, None, True, True)
     assert interval(QUALITY, tiny) == "+1.2e-06 (+5.6e-07 to +1.8e-06)"
     assert interval(QUALITY, replace(tiny, low=-1e-6, shown=False)) == "+0.0000 (-0.0000 to +0.0000)"
-    assert interval(QUALITY, Difference(2, 2, 0.105, 0.0415, 0.1685)) == "+0.1050 (+0.0415 to +0.1685)"
-    assert interval(QUALITY, Difference(1, 1, 0.1)) == "+0.1000"
+    assert interval(QUALITY, Difference(2, 2, 0, 0.105, 0.0415, 0.1685)) == "+0.1050 (+0.0415 to +0.1685)"
+    assert interval(QUALITY, Difference(1, 1, 0, 0.1)) == "+0.1000"
     percent = replace(QUALITY, scale=100, digits=1)
-    assert interval(percent, Difference(2, 2, 0.105, 0.04, 0.17)) == "+10.5 (+4.0 to +17.0)"
+    assert interval(percent, Difference(2, 2, 0, 0.105, 0.04, 0.17)) == "+10.5 (+4.0 to +17.0)"
 
 
 def test_what_the_comparison_could_have_shown(tmp_path):

@@ -159,15 +159,17 @@ def test_accuracy_is_the_share_of_drawn_images_that_are_right():
 
 
 def test_what_cannot_be_compared_is_not():
-    annotations, results = scene(10)
-    some = outcomes_of(evaluated(annotations, results, range(1, 10)))
-    others = outcomes_of(evaluated(annotations, results, range(2, 11)))
+    annotations, results = scene(16)
+    some = outcomes_of(evaluated(annotations, results, range(1, 16)))
+    others = outcomes_of(evaluated(annotations, results, range(2, 17)))
     assert other_images({"none": {0: some}, "x": {0: others}}, 30) is None
     assert other_images({"x": {0: some}}, 30) is None
     assert other_images({}, 30) is None
     assert other_images({"none": {0: some}, "x": {0: some}}, 10) is None  # too few draws for an interval
     nothing = outcomes_of(evaluated([], [], [1, 2]))
-    assert other_images({"none": {0: nothing}, "x": {0: nothing}}, 30).metrics["mAP"] == {}
+    assert other_images({"none": {0: nothing}, "x": {0: nothing}}, 30) is None
+    few = outcomes_of(evaluated(annotations, results, range(1, 6)))
+    assert other_images({"none": {0: few}, "x": {0: few}}, 30) is None
     assert other_images({"none": {0: some}, "x": {1: some}}, 30).metrics["mAP"] == {}
 
 

@@ -90,6 +90,15 @@ def test_what_cannot_be_judged_is_not():
     assert not same.shown
 
 
+def test_runs_that_are_alike_have_no_difference():
+    """Whatever rounding leaves; and neither is above the other."""
+    values = np.random.default_rng(0).normal(0.3, 0.1, 4)
+    values = np.stack([values, values, values + np.array([0, 1e-3, 2e-3, -1e-3])])
+    same, other = analyse(values).differences
+    assert (same.mean, same.above, same.below, same.shown) == (0.0, 0, 0, False)
+    assert (other.above, other.below) == (2, 1)
+
+
 def test_a_setting_with_a_spread_of_its_own_is_left_out_and_does_not_hide_the_others():
     values = np.random.default_rng(0).normal(size=(7, 5))
     values[2] += 6

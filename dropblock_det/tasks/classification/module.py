@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 from dropblock_det.arguments import Share
 from dropblock_det.datasets.classification import Batch, ClassificationDataModule
+from dropblock_det.errors import InputError
 from dropblock_det.files import write_bytes
 from dropblock_det.tasks.breakdown import Breakdown
 from dropblock_det.tasks.classification.breakdown import classification_breakdown
@@ -73,7 +74,8 @@ class ClassificationModule(TaskModule):
             images: uint8 ``(B, C, H, W)``; gray ones come to torchvision's classifiers three times over.
         """
         x = images.expand(-1, self.channels, -1, -1).contiguous(memory_format=self.format)
-        logits: Tensor = self.classifier(x.float() / 255)
+        dtype = next(self.classifier.parameters()).dtype  # float32, unless the training's precision is "true"
+        logits: Tensor = self.classifier(x.to(dtype) / 255)
         return logits
 
     def image_ids(self, batch: Batch) -> list[int]:
@@ -89,7 +91,18 @@ class ClassificationModule(TaskModule):
     def losses_and_predictions(self, batch: Batch) -> tuple[dict[str, Tensor], list[Prediction]]:
         """Cross-entropy without label smoothing, and each image's most probable class."""
         images, labels, image_ids = batch
+        if images.shape[1:] != (trained := torch.Size(self.hparams["image_shape"])):
+            raise InputError(
+                f"the images are {_words(images.shape[1:])}, the model was trained on {_words(trained)};"
+                " give data.size"
+            )
         logits = self(images).float()
+        if not logits.isfinite().all():
+            number = image_ids[int((~logits.isfinite()).any(1).nonzero()[0])]
+            raise InputError(
+                f"image {number}: the predictions are not finite, the model has diverged; lower model.lr or "
+                "take an earlier checkpoint"
+            )
         scores, predicted = logits.softmax(1).max(1)
         names = ("image_id", "label", "predicted", "score")
         columns = (image_ids, labels.tolist(), predicted.tolist(), scores.tolist())
@@ -139,6 +152,11 @@ class ClassificationModule(TaskModule):
             height, width = image.shape[1:]
             samples.append(Sample(name, "label", width, height, *marks, str(file.resolve())))
         return tuple(samples)
+
+
+def _words(shape: torch.Size) -> str:
+    channels, height, width = shape
+    return f"{width}x{height} pixels with {channels} channel{'s' if channels > 1 else ''}"
 
 
 def outcomes_of(predictions: list[Prediction], names: list[str]) -> Outcomes:

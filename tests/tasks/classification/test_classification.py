@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ def arguments(folder, output, *more):
         *("--data.batch_size=8", "--trainer.max_epochs=3", "--trainer.accelerator=cpu"),
         *("--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1", "--model.warmup_steps=2"),
         *("--trainer.enable_model_summary=false", "--regularize.regularizer=dropblock", "--regularize.p=0.2"),
+        "--regularize.schedule=linear",
         *more,
     ]
 
@@ -64,7 +67,12 @@ def test_the_record_has_the_task_s_metrics(run):
     assert [metric.name for metric in record.metrics] == ["loss", "val_loss", "accuracy"]
     assert len(record.epochs) == 3
     assert all(0 <= epoch["accuracy"] <= 1 and epoch["loss"] > 0 for epoch in record.epochs)
-    assert record.drop_share["realised"] > 0
+    # Of nine steps, means over three at a time, and over all.
+    assert [epoch["p"] for epoch in record.epochs] == pytest.approx([0.025, 0.1, 0.175])
+    assert record.drop_share["asked"] == pytest.approx(0.1)
+    assert (
+        0 < record.epochs[0]["drop_share"] < record.epochs[1]["drop_share"] < record.epochs[2]["drop_share"]
+    )
     assert {sample.kind for sample in record.samples} == {"label"}
     assert len(record.samples) == 8
     assert all(Path(sample.file).is_file() for sample in record.samples)
@@ -198,12 +206,46 @@ def test_gray_images_come_to_torchvision_s_classifiers_three_times_over():
         (["--model.anchor_sizes=[1]"], "anchor_sizes"),
         (["--data.source=imagenet"], "imagenet"),
         (["--data.root=/no/such"], "/no/such: no folder data set"),
+        (
+            ["--trainer.max_epochs=null", "--trainer.max_time=00:00:00:09", "--regularize.schedule=constant"],
+            "model.lr_schedule: cosine needs to know how many steps the training has",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(folder, tmp_path, more, message):
     with pytest.raises(InputError, match=message) as caught:
         cli.train(arguments(folder, tmp_path / "run", *more))
     assert "\n" not in str(caught.value)
+
+
+def test_test_images_of_another_size_are_one_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    for file in (tmp_path / "images" / "test").rglob("*.png"):
+        Image.new("RGB", (20, 24)).save(file)
+    message = "the test images have 20x24 pixels, those of the training 16x16; give a data.size for all"
+    with pytest.raises(InputError, match=message):
+        cli.train(arguments(tmp_path / "images", tmp_path / "run"))
+    cli.train(arguments(tmp_path / "images", tmp_path / "run", "--data.size=16", "--trainer.max_epochs=1"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_true_precisions_train(folder, tmp_path, precision):
+    more = (f"--trainer.precision={precision}", "--trainer.max_epochs=1")
+    cli.train(arguments(folder, tmp_path / "run", *more))
+    assert read_record(tmp_path / "run").status == "finished"
+
+
+def test_predictions_that_are_not_finite_or_of_other_images_are_one_line():
+    module = ClassificationModule(CATEGORIES, (3, 16, 16)).eval()
+    batch = (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 1]), [7, 8])
+    module.losses_and_predictions(batch)
+    with pytest.raises(
+        InputError, match="the images are 20x16 pixels with 3 channels, the model was trained on"
+    ):
+        module.losses_and_predictions((torch.zeros(2, 3, 16, 20, dtype=torch.uint8), *batch[1:]))
+    torch.nn.init.constant_(module.classifier[-1].bias, math.inf)
+    with pytest.raises(InputError, match="image 7: the predictions are not finite"):
+        module.losses_and_predictions(batch)
 
 
 def test_another_task_s_folder_is_not_resumed(run, folder):

@@ -24,7 +24,7 @@ class Regularize(Callback):
 
     ``Trainer(callbacks=[Regularize("dropblock", p=0.1, block_size=7, at="paper")])`` is all a project
     needs. The regularizer is there while ``fit`` runs and gone afterwards; the checkpoint's keys are the
-    stock model's. ``p`` is a pure function of the global step, and before each batch the random
+    stock model's. ``p`` is a pure function of the batch's number, and before each batch the random
     generators are seeded from (seed, rank, step): processes draw different masks, and a resumed run
     draws those that it would have drawn.
 
@@ -83,7 +83,8 @@ class Regularize(Callback):
         self.handle: RegularizerHandle | None = None
         self.shares: SiteShares | None = None
         self._seed = 0
-        self._total_steps: float = 0
+        self._total_steps: float = 0  # batches, or optimizer steps where the trainer has max_steps
+        self._by_batches = True
         self._epochs = 1
         self._counted: list[float] = []  # p in the steps whose shares are counted
 
@@ -103,7 +104,14 @@ class Regularize(Callback):
         pl_module.configure_model()  # idempotent by contract; a model built there counts too
         if self.handle is not None:
             self.handle.remove()  # an earlier fit ended in an exception
-        self.handle = regularize_(pl_module, self.make, at=self.at)
+        try:
+            self.handle = regularize_(pl_module, self.make, at=self.at)
+        except InputError as error:
+            if type(pl_module).setup is LightningModule.setup:
+                raise
+            raise InputError(
+                f"{error}; a model is to be built in __init__ or configure_model, for setup comes after this"
+            ) from error
         self.shares = SiteShares(self.handle)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,8 +122,13 @@ class Regularize(Callback):
         """
         if self.handle is None or self.schedule == "constant":
             return
-        total = float(trainer.estimated_stepping_batches)  # infinite or -1 where it is not known
-        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs or -1
+        self._by_batches = trainer.max_steps == -1
+        if self._by_batches:  # whatever an optimizer step is, here or later in the training
+            total = float(batches * epochs)
+        else:
+            total = float(trainer.estimated_stepping_batches)
+            batches = math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else batches
         self._total_steps = total if 0 < total < math.inf else 0
         if not self._total_steps and _timer(trainer) is None:
             raise InputError(
@@ -123,7 +136,7 @@ class Regularize(Callback):
                 " max_steps or max_time, or choose constant"
             )
         if self._total_steps and batches < math.inf:
-            self._epochs = math.ceil(total / math.ceil(batches))
+            self._epochs = math.ceil(total / batches)
         elif self.schedule == "epochwise":
             raise InputError("schedule: epochwise needs to know how many epochs there are; give max_epochs")
 
@@ -139,7 +152,8 @@ class Regularize(Callback):
             self.handle.set_p(p)
             pl_module.log(self._log_name(trainer, "p"), torch.tensor(p))  # a float would go to the device
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.is_last_batch or (every and (trainer.global_step + 1) % every == 0):
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning's logging goes by
+        if trainer.is_last_batch or (every and (step + 1) % every == 0):
             self.shares.start()
             if self.p is not None:
                 self._counted.append(p)
@@ -147,9 +161,13 @@ class Regularize(Callback):
                 torch.compiler.set_stance("force_eager")
 
     def _progress(self, trainer: Trainer) -> float:
-        """How much of the training is done, from 0 to 1: in steps, or in time where only that has an end."""
+        """How much of the training is done, from 0 to 1.
+
+        In batches, in steps where these have an end, or in time where only that has one.
+        """
         if self._total_steps:
-            return min(1.0, trainer.global_step / max(1, self._total_steps - 1))
+            step = trainer.fit_loop.total_batch_idx if self._by_batches else trainer.global_step
+            return min(1.0, step / max(1, self._total_steps - 1))
         timer = _timer(trainer)
         if timer is None:
             return 0.0
@@ -205,6 +223,10 @@ class Regularize(Callback):
             arguments = self.arguments if isinstance(self.regularizer, str) else {}
             regularizers.append({"name": self.name, "sites": self.handle.factors, **arguments})
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the stock model back also where the fit failed or was interrupted."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the stock model back."""
         if _is_compiled(pl_module):
@@ -215,7 +237,10 @@ class Regularize(Callback):
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return any(part._compiled_call_impl is not None for part in module.modules())
+    """Whether any part is: by ``part.compile()``, or by ``torch.compile`` of it or of the whole module."""
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules()
+    )
 
 
 def _timer(trainer: Trainer) -> Timer | None:

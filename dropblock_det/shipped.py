@@ -18,7 +18,7 @@ def config_file(name: str | Path) -> Path:
     Raises:
         InputError: There is neither; says which are shipped.
     """
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
         return Path(name)
     files = {str(path.relative_to(CONFIGS))[: -len(".yaml")]: path for path in CONFIGS.rglob("*.yaml")}
     if str(name) in files:
@@ -28,14 +28,16 @@ def config_file(name: str | Path) -> Path:
     raise InputError(f"{name}: no such file, and no shipped config; {_there_are(alike)}")
 
 
-def settings_folder(name: str | Path) -> Path:
-    """Returns a folder of settings: that of the name, or else those shipped for a task.
+def settings_folder(name: str | Path | None) -> Path:
+    """Returns a folder of settings: that of the name, or else those shipped for a task (None: detection).
 
     Raises:
         InputError: There is neither; says which are shipped.
     """
     folders = {"detection": CONFIGS / "settings"}
     folders |= {path.parent.name: path for path in CONFIGS.glob("*/settings")}
+    if name is None:
+        return folders["detection"]
     if Path(name).is_dir():
         return Path(name)
     if str(Path(name)) in folders:

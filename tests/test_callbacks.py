@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 
@@ -133,7 +134,46 @@ def test_a_fit_after_a_failed_one(tmp_path):
     module = Classifier()
     with pytest.raises(RuntimeError, match="planned"):
         fit(tmp_path, regularize, Fail(), module=module)
+    assert not any(name.endswith("regularizer") for name, _ in module.named_modules())
+    fit(tmp_path, Regularize("dropout", p=0.2), module=module, epochs=1)  # another one, as in a notebook
     fit(tmp_path, regularize, module=module, epochs=1)
+
+
+def test_a_model_built_in_setup_is_told_where_to_be_built(tmp_path):
+    class Late(Classifier):
+        configure_model = LightningModule.configure_model
+
+        def setup(self, stage):
+            self.net = resnet18(num_classes=4)
+
+    message = "no stages are known.*a model is to be built in __init__ or configure_model"
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, Regularize("dropblock"), module=Late(lazy=True))
+
+
+def test_accumulation_that_changes_does_not_change_the_schedule(tmp_path):
+    watch = Watch()
+    accumulate = GradientAccumulationScheduler({0: 1, 1: 4})
+    fit(tmp_path, Regularize("dropblock", p=0.4, block_size=1), watch, accumulate)
+    assert watch.p == pytest.approx([scheduled_p(0.4, batch, 8) for batch in range(8)])
+
+
+def test_shares_are_measured_also_in_a_model_that_torch_compile_wraps(tmp_path):
+    class Compiled(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.fast = torch.compile(self.net, backend="eager")
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.fast(batch[0]), batch[1])
+
+    _, trainer = fit(
+        tmp_path,
+        Regularize("dropblock", p=0.3, block_size=1, schedule="constant", at="net.layer3.*.bn1"),
+        module=Compiled(),
+        log_every_n_steps=3,
+    )
+    assert float(trainer.callback_metrics["drop_share_epoch"]) == pytest.approx(0.3, abs=0.03)
 
 
 def test_none_changes_nothing_but_the_random_stream(tmp_path):

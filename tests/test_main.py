@@ -86,10 +86,14 @@ def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
     assert settings_folder("detection") == CONFIGS / "settings"
     assert settings_folder(Path("classification")) == CONFIGS / "classification" / "settings"
     monkeypatch.chdir(tmp_path)
-    for own in ("quickstart", "classification"):
-        (tmp_path / own).mkdir()
-    assert config_file("quickstart") == Path("quickstart")  # a file of theirs comes first
-    assert settings_folder("classification") == Path("classification")
+    for folder in ("quickstart", "detection", "classification"):
+        (tmp_path / folder).mkdir()
+    assert config_file("quickstart") == CONFIGS / "quickstart.yaml"  # no folder is a config
+    assert settings_folder(None) == CONFIGS / "settings"
+    assert settings_folder("classification") == Path("classification")  # what is there comes first
+    (tmp_path / "quickstart").rmdir()
+    (tmp_path / "quickstart").touch()
+    assert config_file("quickstart") == Path("quickstart")
     assert config_file("absent.yaml") == Path("absent.yaml")  # read_yaml says that it is not there
 
 

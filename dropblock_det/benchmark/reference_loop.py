@@ -64,7 +64,7 @@ class ReferenceImages(CocoDetection):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         image, annotations = super().__getitem__(index)
         width, height = image.size
-        annotations = [annotation for annotation in annotations if not annotation["iscrowd"]]
+        annotations = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes[:, 0::2].clamp_(0, width)

@@ -273,6 +273,8 @@ def channels_last(model: torch.nn.Module) -> bool:
 def other_trainings(cli: TrainCLI, case: TrainingCase) -> tuple[str, dict[str, Iterator[str]]]:
     """How ours computes, and the reference loop on the same model: as it stands, and computing like ours."""
     module: Any = cli.model
+    if cli.trainer.precision not in ("bf16-mixed", "32-true"):
+        raise InputError(f"--precision {case.precision}: give auto, bf16-mixed or 32-true")
     names = [category["name"] for category in cli.datamodule.categories]
     bfloat16, last = cli.trainer.precision == "bf16-mixed", channels_last(module.detector)
     how = f"{'bfloat16' if bfloat16 else 'float32'}{' channels_last' if last else ''}"

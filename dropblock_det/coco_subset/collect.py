@@ -134,7 +134,11 @@ def _link_or_write(path: Path, data: bytes, written: Path) -> None:
     try:
         os.link(path.resolve(), written)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+        # Another file system, or one that knows no such links.
+        if error.errno not in (
+            *(errno.EXDEV, errno.EPERM, errno.EMLINK),
+            *(errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS),
+        ):
             raise
         written.write_bytes(data)
 

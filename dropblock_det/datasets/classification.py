@@ -339,6 +339,8 @@ class ClassificationDataModule(LightningDataModule):
         """Reads what the stage needs: for ``fit`` both parts, of the same classes and one size of images."""
         if stage != "fit":
             return
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise InputError("trainer.overfit_batches: not for images in memory; give data.train_subset")
         if self.categories != self.val_categories:
             raise InputError(f"{self.root}: train and test have other classes; give both the same folders")
         if (shape := self.val_dataset.images.shape[1:]) != self.image_shape:

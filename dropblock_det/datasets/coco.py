@@ -1,7 +1,6 @@
 """COCO folders as a Lightning data module."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -142,13 +141,16 @@ class CocoDataModule(LightningDataModule):
         """Returns this class's arguments that give the same validation images; plain, for a checkpoint."""
         return {
             "root": str(self.root),
-            "val_images": os.path.relpath(self.val_images, self.root),
-            "val_annotations": os.path.relpath(self.val_annotations, self.root),
+            "val_images": self._from_root(self.val_images),
+            "val_annotations": self._from_root(self.val_annotations),
             "val_subset": self.val_subset,
             "subset_seed": self.subset_seed,
             "batch_size": self.batch_size,
             "num_workers": 0,
         }
+
+    def _from_root(self, path: Path) -> str:
+        return str(path.relative_to(self.root) if path.is_relative_to(self.root) else path.absolute())
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs: for ``fit`` both parts, which must have the same categories."""

@@ -16,6 +16,7 @@ from dropblock_det.inject.blocks import (
     is_norm_or_activation,
     look_up,
     lowers_resolution,
+    may_lie_within_a_unit,
     runs_in_order,
 )
 from dropblock_det.inject.tracing import NotUnderstoodError, has_empty_skip_slot, read_block
@@ -131,12 +132,14 @@ def _unit(name: str, unit: str, module: nn.Module) -> Iterator[str | Gap]:
 
 
 def _units_in_order(name: str, module: nn.Module) -> Iterator[str | Gap]:
-    """A convolution opens a unit, the norms and activations that directly follow belong to it."""
+    """A convolution opens a unit, the norms and activations that follow belong to it."""
     inside, end = False, None
     for child_name, child in children_of(module):
         site = join(name, child_name)
         if inside and is_norm_or_activation(child):
             end = site
+            continue
+        if inside and end is None and may_lie_within_a_unit(child):
             continue
         if end:
             yield end

@@ -101,8 +101,12 @@ CHANNELS_LAST: dict[str, str] = {
 }
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.Mish, nn.PReLU)
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.Mish, nn.PReLU),
+    *(nn.CELU, nn.SELU, nn.Softplus, nn.Tanh),  # no sigmoids: these are gates
+)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+_PASSED = (*_POOLS, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def stock_class(module: nn.Module) -> Any:
@@ -152,6 +156,11 @@ def is_norm_or_activation(module: nn.Module) -> bool:
     # Identity: a norm that was fused into its convolution.
     known = isinstance(module, (*_NORMS, *_ACTIVATIONS, nn.Identity))
     return known or find_key(module, {"torchvision.ops.misc.FrozenBatchNorm2d"}) is not None
+
+
+def may_lie_within_a_unit(module: nn.Module) -> bool:
+    """Whether a module between a convolution and its norm or activation leaves them one unit."""
+    return isinstance(module, _PASSED)
 
 
 def is_pooling(module: nn.Module) -> bool:

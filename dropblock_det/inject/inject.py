@@ -70,7 +70,7 @@ def install(model: nn.Module, sites: dict[str, float], make: Callable[[], nn.Mod
         regularizer = regularizers[site]
         regularizer._use = Use(site, sites[site], layout)
         if sites[site] != 1:
-            regularizer.p = regularizer._use.scaled(_p_of(site, regularizer))
+            regularizer.p = regularizer._use.scaled(p_of(site, regularizer))
     for site, regularizer in regularizers.items():
         module = modules[site]
         if module is None:
@@ -201,7 +201,7 @@ class RegularizerHandle:
         check_p(p)
         regularizers: list[tuple[str, Any]] = [(site, self._site(site).regularizer) for site in self.sites]
         for site, regularizer in regularizers:
-            _p_of(site, regularizer)
+            p_of(site, regularizer)
         return [(regularizer, regularizer._use.scaled(p)) for _, regularizer in regularizers]
 
     def _site(self, name: str) -> Any:
@@ -267,7 +267,12 @@ def _check_regularizer(regularizer: nn.Module) -> nn.Module:
     return regularizer
 
 
-def _p_of(site: str, regularizer: Any) -> float:
+def p_of(site: str, regularizer: Any) -> float:
+    """Returns the drop probability of the regularizer at a site.
+
+    Raises:
+        InputError: It has none.
+    """
     if not isinstance(getattr(regularizer, "p", None), Real):
         raise InputError(f"the {type(regularizer).__name__} at {site} has no drop probability `p` to set")
     return float(regularizer.p)

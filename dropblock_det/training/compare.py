@@ -61,7 +61,7 @@ def check_devices(devices: list[str]) -> None:
 def run(
     config: Path,
     runs: Path | None = None,
-    settings: Path = Path("detection"),
+    settings: Path | None = None,
     seeds: list[Seed] | None = None,
     vary_subset: bool = False,
     devices: list[str] | None = None,
@@ -73,7 +73,8 @@ def run(
     Args:
         config: Shared by all runs: a file, or the name of a shipped one.
         runs: Folder for all of it (default: runs/compare_CONFIG).
-        settings: Every *.yaml in this folder is a setting; detection and classification are shipped.
+        settings: Every *.yaml in this folder is a setting (default: the shipped detection; there is
+            classification too).
         seeds: Each setting runs once with each (default: 0 1 2).
         vary_subset: Each seed draws a training subset of its own, the same for all settings.
         devices: GPU numbers or cpu: a run at a time on each.

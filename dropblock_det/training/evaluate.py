@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         checkpoint: A .ckpt file that a training wrote.
-        data: Folder of the data set; by default that of the training.
+        data: Folder of a data set, all of whose images count; by default the training's, and its val_subset.
         images: Detection: image folder below it; by default as in the training.
         annotations: Detection: annotation file below it; by default likewise.
         results: Write the predictions here: detections as COCO results JSON.
@@ -107,8 +107,8 @@ def evaluate(
     values = {name: value for name, value in logged.items() if not name.startswith("val_loss_")}  # its parts
     if not trainer.is_global_zero:
         return values
-    _print_values("metric", "value", values, str(checkpoint))
     predictions, seen = module.predictions, f"{len(datamodule.val_dataset):,} images of {datamodule.root}"
+    _print_values("metric", "value", values, f"{checkpoint}, {seen}")
     if sampling is not None and diagram is not None:
         values |= _compare_samples(datamodule.val_coco, sampling, predictions, diagram)
         predictions, seen = sampling.results, f"{seen}, {samples} samples merged"
@@ -140,6 +140,8 @@ def _validation_data(content: dict[str, Any], checkpoint: Path, given: dict[str,
     _, data_class = task_of(content)
     given = {name: value for name, value in given.items() if value is not None}
     trained_on = checked_arguments(data_class, content["validation_data"], f"{checkpoint}: ")
+    if given.keys() - {"batch_size"}:
+        trained_on = {**trained_on, "val_subset": None}
     try:
         datamodule = data_class(**{**trained_on, **checked_arguments(data_class, given, "--")})
     except TypeError as error:

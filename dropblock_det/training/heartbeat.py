@@ -53,7 +53,8 @@ class Heartbeat(Callback):
         silent_s = 0
         while silent_s < LIMIT_S:
             try:
-                connection.sendall(ALIVE)
+                with contextlib.suppress(ConnectionError):  # it may have said goodbye before it went
+                    connection.sendall(ALIVE)
                 heard = connection.recv(4096)
             except TimeoutError:
                 silent_s += INTERVAL_S

@@ -70,7 +70,8 @@ class Samples(Callback):
         """Samples the batch."""
         ids, settings = pl_module.image_ids(batch), pl_module.hparams
         seed = draw_seed(self.seed, 0, batch_idx)
-        merged = mc_detections(pl_module.detector, batch[0], samples=self.samples, seed=seed)
+        with trainer.precision_plugin.forward_context():  # as the single pass
+            merged = mc_detections(pl_module.detector, batch[0], samples=self.samples, seed=seed)
         for image_id, found in zip(ids, merged, strict=True):
             objects = found["labels"] > 0  # some detectors have a score for the background
             best = {name: values[objects][: settings["detections_per_img"]] for name, values in found.items()}

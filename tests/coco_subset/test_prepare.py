@@ -87,9 +87,10 @@ def test_source_on_disk_needs_no_network(tmp_path, site, right, images):
     assert all(path.stat().st_nlink == 2 for path in (tmp_path / "coco").rglob("*.jpg"))
 
 
-def test_source_on_another_file_system_is_copied(tmp_path, site, right, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS])
+def test_source_on_another_file_system_is_copied(code, tmp_path, site, right, monkeypatch):
     def refuse(*args: object) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "link", refuse)
     prepare(tmp_path / "coco", OPTIONS, source=unpack_site(site, tmp_path / "full"))

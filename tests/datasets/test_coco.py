@@ -278,6 +278,23 @@ def test_settings_are_checked_before_anything_is_read(name, value):
         CocoDataModule("no such folder", **{name: value})
 
 
+def test_a_checkpoint_finds_validation_data_outside_a_linked_root(content, write):
+    path, images = write(content)
+    elsewhere = path.parent / "disk" / "data"
+    elsewhere.mkdir(parents=True)
+    (path.parent / "link").symlink_to(elsewhere)
+    places = {
+        "train_images": images,
+        "train_annotations": path,
+        "val_images": images,
+        "val_annotations": path,
+    }
+    data = CocoDataModule(str(path.parent / "link"), **{name: str(place) for name, place in places.items()})
+    again = CocoDataModule(**data.validation_arguments())
+    assert again.val_annotations.resolve() == path.resolve()
+    assert len(again.val_dataset) == len(data.val_dataset)
+
+
 def test_data_hash_follows_annotations_and_subset(content, write):
     whole = make_data(content, write).data_hash()
     assert whole == make_data(content, write).data_hash()

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from dropblock_det.errors import InputError
-from dropblock_det.inject.backbones import walk
+from dropblock_det.inject.backbones import units, walk
 from dropblock_det.inject.blocks import runs_in_order
 from dropblock_det.inject.layout import has_channels_last
 from dropblock_det.inject.placement import find_sites
@@ -127,6 +127,15 @@ def test_an_unknown_network_is_told_how_to_name_sites():
             InputError, match=r"a pattern such as '0' or by a filter \(name, module\) -> bool"
         ):
             find_sites(model, preset)
+
+
+def test_dropout_and_pooling_stay_within_a_unit():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3), nn.Dropout2d(), nn.BatchNorm2d(8), nn.Tanh(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+    )
+    assert [*units("", model)] == ["3", "7", "11"]
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "swin_v2_t"])

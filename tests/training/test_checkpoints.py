@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.errors import InputError
-from dropblock_det.training.evaluate import evaluate
+from dropblock_det.training.evaluate import _validation_data, evaluate
 
 
 def foreign_pickle(run, tmp_path):
@@ -145,6 +146,16 @@ def test_evaluating_weights_that_are_no_numbers(run, tmp_path, line_of):
     torch.save({key: content[key] for key in CONTENT}, tmp_path / "bad.ckpt")
     line = line_of(lambda: evaluate(tmp_path / "bad.ckpt", accelerator="cpu"))
     assert "bad.ckpt: its weights are not finite numbers" in line
+
+
+def test_the_subset_of_the_validation_counts_for_its_own_data_alone(coco):
+    """Of other data all images count, also where there are fewer."""
+    data = CocoDataModule(str(coco), val_subset=1)
+    content = {"hyper_parameters": {"categories": data.val_categories}}
+    content["validation_data"] = data.validation_arguments()
+    own, other = ({}, {"root": str(coco)})
+    lengths = [len(_validation_data(content, Path("x"), given).val_dataset) for given in (own, other)]
+    assert lengths == [1, 2]
 
 
 def test_evaluating_on_other_categories(run, coco):

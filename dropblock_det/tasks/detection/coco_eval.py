@@ -56,7 +56,7 @@ def detections_to_coco(
     id_of = {category["label"]: category["id"] for category in categories}
     results = []
     for image_id, detection in zip(image_ids, detections, strict=True):
-        boxes, scores = detection["boxes"].double().cpu(), detection["scores"].double().cpu()
+        boxes, scores = detection["boxes"].cpu().double(), detection["scores"].cpu().double()
         if not (boxes.isfinite().all() and scores.isfinite().all()):
             raise InputError(
                 f"image {image_id}: the detections are not finite, the model has diverged; lower model.lr or "

@@ -255,15 +255,16 @@ def _detector(name: str) -> Detector:
 def _weights(argument: str, name: str | None, model: str) -> WeightsEnum | None:
     if name is None:
         return None
-    prefix = f"{get_model_weights(model).__name__}."
+    published = get_model_weights(model)
+    prefix = f"{published.__name__}."
+    # SSD300's, whose images are scaled as these expect; the classifier's are VGG16's default.
+    good = prefix + ("IMAGENET1K_FEATURES" if "IMAGENET1K_FEATURES" in published.__members__ else "DEFAULT")
     if not name.startswith(prefix):
-        raise InputError(f"{argument}: got {name!r}, give a name such as '{prefix}DEFAULT', or null")
+        raise InputError(f"{argument}: got {name!r}, give a name such as '{good}', or null")
     try:
         return get_weight(name)
     except (ValueError, KeyError, AttributeError):
-        raise InputError(
-            f"{argument}: torchvision knows no {name!r}; give '{prefix}DEFAULT', or null"
-        ) from None
+        raise InputError(f"{argument}: torchvision knows no {name!r}; give '{good}', or null") from None
 
 
 def _initialize_for_scratch(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSD
 
 from dropblock_det.arguments import Count, Natural, Share, Side
 from dropblock_det.datasets.coco import CocoDataModule
@@ -96,6 +97,29 @@ class DetectionModule(TaskModule):
         boxes_in_float32(self.detector)
         if channels_last:
             self.detector.to(memory_format=torch.channels_last)
+
+    def on_fit_start(self) -> None:
+        """Refuses what would fail in the midst of the training.
+
+        Raises:
+            InputError: A precision that boxes do not survive, or a last batch of one image where SSDlite's
+                batch norms see a single pixel of each.
+        """
+        if self.trainer.precision in ("bf16-true", "16-true", "64-true"):
+            raise InputError(
+                f"trainer.precision: {self.trainer.precision} does not suit the detectors' boxes; give"
+                " bf16-mixed, 16-mixed or 32-true"
+            )
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.detector.modules())
+        if not (isinstance(data, CocoDataModule) and isinstance(self.detector, SSD) and norms):
+            return
+        of_process = -(-len(data.train_dataset) // self.trainer.world_size)
+        if of_process % data.batch_size == 1 % data.batch_size:
+            raise InputError(
+                f"data.batch_size: {data.batch_size} leaves one image for the last batch of an epoch, too few"
+                f" for the batch norms of {self.hparams['name']}; give another"
+            )
 
     def parts_to_compile(self) -> list[nn.Module]:
         """The backbone and the heads; matching boxes and choosing among them depends on the values."""

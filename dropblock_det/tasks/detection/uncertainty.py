@@ -79,8 +79,8 @@ def merge_samples(samples: Sequence[Detections], iou: float = 0.5) -> Detections
     if not 0 < iou <= 1:
         raise InputError(f"iou: got {iou}, give a number over 0, at most 1")
     device, dtype = samples[0]["boxes"].device, samples[0]["boxes"].dtype
-    boxes = torch.cat([sample["boxes"] for sample in samples]).double().cpu()
-    scores = torch.cat([sample["scores"] for sample in samples]).double().cpu()
+    boxes = torch.cat([sample["boxes"] for sample in samples]).cpu().double()
+    scores = torch.cat([sample["scores"] for sample in samples]).cpu().double()
     labels = torch.cat([sample["labels"] for sample in samples]).cpu()
     origin = torch.repeat_interleave(torch.tensor([len(sample["boxes"]) for sample in samples]))
     from_sample = origin == torch.arange(len(samples))[:, None]

@@ -206,6 +206,7 @@ def test_gray_images_come_to_torchvision_s_classifiers_three_times_over():
         (["--model.anchor_sizes=[1]"], "anchor_sizes"),
         (["--data.source=imagenet"], "imagenet"),
         (["--data.root=/no/such"], "/no/such: no folder data set"),
+        (["--trainer.overfit_batches=2"], "trainer.overfit_batches: not for images in memory"),
         (
             ["--trainer.max_epochs=null", "--trainer.max_time=00:00:00:09", "--regularize.schedule=constant"],
             "model.lr_schedule: cosine needs to know how many steps the training has",

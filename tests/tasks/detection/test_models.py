@@ -167,7 +167,11 @@ FCOS, SSD, SSDLITE = "fcos_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_
         ),
         (RETINANET, {"weights": "ResNet50_Weights.DEFAULT"}, "weights: got 'ResNet50_Weights.DEFAULT'"),
         (FCOS, {"weights": "RetinaNet_ResNet50_FPN_Weights.COCO_V1"}, "such as 'FCOS_ResNet50_FPN_Weights.D"),
-        (SSD, {"weights_backbone": "ResNet50_Weights.DEFAULT"}, "such as 'VGG16_Weights.DEFAULT'"),
+        (
+            SSD,
+            {"weights_backbone": "ResNet50_Weights.DEFAULT"},
+            "such as 'VGG16_Weights.IMAGENET1K_FEATURES'",
+        ),
         (FCOS, {"anchor_sizes": [8, 16, 32, 64, 128]}, "anchor_sizes: fcos_resnet50_fpn has no such setting"),
         (SSD, {"anchor_sizes": [8, 16, 32, 64, 128]}, "anchor_sizes: ssd300_vgg16 has no such setting"),
         (SSD, {"norm": "batch"}, "norm: ssd300_vgg16 has no such setting"),

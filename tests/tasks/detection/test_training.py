@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from support.tiny_run import arguments, train
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.ssd import SSD
 
+from dropblock_det.datasets.coco import CocoDataModule
 from dropblock_det.datasets.coco_dataset import CocoDataset, collate
 from dropblock_det.datasets.scenes import ScenesDataModule
 from dropblock_det.errors import InputError
@@ -27,6 +29,22 @@ from dropblock_det.tasks.detection.eval_losses import losses_and_detections
 from dropblock_det.tasks.detection.module import DetectionModule
 
 SIZES = [8, 16, 32, 64, 128]
+
+
+def test_what_would_fail_in_the_midst_is_refused_at_the_start():
+    module = DetectionModule([{"label": 1, "id": 1, "name": "cat"}], "ssdlite320_mobilenet_v3_large")
+    data = CocoDataModule("coco", batch_size=8)
+    module._trainer = SimpleNamespace(precision="bf16-mixed", datamodule=data, world_size=1)
+    for images, processes in ((16, 1), (20, 2)):
+        data.train_dataset, module._trainer.world_size = range(images), processes
+        module.on_fit_start()
+    for images, processes in ((17, 1), (17, 2)):
+        data.train_dataset, module._trainer.world_size = range(images), processes
+        with pytest.raises(InputError, match=r"data\.batch_size: 8 leaves one image for the last batch"):
+            module.on_fit_start()
+    module._trainer.precision = "bf16-true"
+    with pytest.raises(InputError, match=r"trainer\.precision: bf16-true does not suit the detectors' boxes"):
+        module.on_fit_start()
 
 
 @pytest.fixture

@@ -102,8 +102,6 @@ class Regularize(Callback):
         if self.regularizer == "none":
             return
         pl_module.configure_model()  # idempotent by contract; a model built there counts too
-        if self.handle is not None:
-            self.handle.remove()  # an earlier fit ended in an exception
         try:
             self.handle = regularize_(pl_module, self.make, at=self.at)
         except InputError as error:

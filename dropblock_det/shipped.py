@@ -18,8 +18,9 @@ def config_file(name: str | Path) -> Path:
     Raises:
         InputError: There is neither; says which are shipped.
     """
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
-        return Path(name)
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or (path.exists() and not path.is_dir()):
+        return path
     files = {str(path.relative_to(CONFIGS))[: -len(".yaml")]: path for path in CONFIGS.rglob("*.yaml")}
     if str(name) in files:
         return files[str(name)]

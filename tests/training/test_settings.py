@@ -102,7 +102,7 @@ VALUES = {
     "--trainer.max_time=00:00:00:00": "ended at step 0, before the first validation",
     "--trainer.limit_train_batches=0": "ended at step 0, before the first validation",
     "--trainer.max_steps=1": "ended at step 1, before the first validation",
-    "--data.train_size=5": "last batch is too small for batch norm",
+    "--data.train_size=5": "data.batch_size: 4 leaves one image for the last batch of an epoch",
     TIMER: "<Interval.step: 'step'>: a class' default, not plain data; give that argument too",
     EARLY: "trainer.callbacks: EarlyStopping monitors nonsense, which no one logs; give one of loss",
 }

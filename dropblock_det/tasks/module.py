@@ -164,7 +164,7 @@ class TaskModule(LightningModule):
         optimizer.register_load_state_dict_pre_hook(_stays_fused)
         optimizer.register_load_state_dict_post_hook(_laid_out_as_the_weights)
         total = float(self.trainer.estimated_stepping_batches)  # infinite or -1 where it is not known
-        known = 0 < total < math.inf or not self.trainer.limit_train_batches  # type: ignore[attr-defined]
+        known = 0 < total < math.inf or not self.trainer.limit_train_batches
         if not known and hp.lr_schedule != "constant":
             raise InputError(
                 f"model.lr_schedule: {hp.lr_schedule} needs to know how many steps the training has: give"

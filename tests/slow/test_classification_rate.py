@@ -15,7 +15,7 @@ from dropblock_det.training import cli
 from dropblock_det.training.precision import resolve_precision
 
 CONFIG = ROOT / "configs" / "classification" / "mnist_small_cnn.yaml"
-SIZE, BATCH, EPOCHS, ROUNDS = 4_000, 256, 3, 5
+SIZE, BATCH, EPOCHS, ROUNDS = 20_000, 256, 3, 3
 
 
 @pytest.fixture

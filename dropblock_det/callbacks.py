@@ -87,6 +87,7 @@ class Regularize(Callback):
         self._by_batches = True
         self._epochs = 1
         self._counted: list[float] = []  # p in the steps whose shares are counted
+        self._compiled = False
 
     def make(self) -> nn.Module:
         """Returns a new regularizer."""
@@ -113,11 +114,12 @@ class Regularize(Callback):
         self.shares = SiteShares(self.handle)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds out how long the training is.
+        """Finds out how long the training is, and whether the model is compiled.
 
         Raises:
             InputError: It is not known, and the schedule needs it.
         """
+        self._compiled = _is_compiled(pl_module)
         if self.handle is None or self.schedule == "constant":
             return
         batches, epochs = trainer.num_training_batches, trainer.max_epochs or -1
@@ -155,7 +157,7 @@ class Regularize(Callback):
             self.shares.start()
             if self.p is not None:
                 self._counted.append(p)
-            if _is_compiled(pl_module):  # compiled code has no hooks that count
+            if self._compiled:  # compiled code has no hooks that count
                 torch.compiler.set_stance("force_eager")
 
     def _progress(self, trainer: Trainer) -> float:
@@ -180,7 +182,7 @@ class Regularize(Callback):
             return
         self.handle.warn_of_idle_sites()
         share = self.shares.stop()
-        if _is_compiled(pl_module):
+        if self._compiled:
             torch.compiler.set_stance("default")
         if share is not None:
             pl_module.log(self._log_name(trainer, "drop_share"), share)
@@ -227,7 +229,7 @@ class Regularize(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the stock model back."""
-        if _is_compiled(pl_module):
+        if self._compiled:
             torch.compiler.set_stance("default")  # the fit may have ended in a step that was not compiled
         if self.handle is not None:
             self.handle.remove()

@@ -5,7 +5,7 @@ A batch is cut from one tensor by the indices of its images: no worker process, 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -93,7 +93,7 @@ def load_folder(root: Path, train: bool, download: bool, size: int | None, choos
             check_memory(root, (len(ids), *shape))
             images = torch.empty((len(ids), *shape), dtype=torch.uint8)
         if shape != images.shape[1:]:
-            found, first = ("x".join(map(str, shape[:0:-1])) for shape in (shape, images.shape[1:]))
+            found, first = pixels(shape), pixels(images.shape[1:])
             raise InputError(f"{file}: {found} pixels, the first image has {first}; give a data.size for all")
         images[number] = resized(image, size, root)
     assert images is not None  # ImageFolder raises where there is no image
@@ -106,6 +106,11 @@ def resized(images: Tensor, size: int | None, root: Path) -> Tensor:
         return images
     check_memory(root, (*images.shape[:-2], size, size))
     return resize(images, [size, size], antialias=True)
+
+
+def pixels(shape: Sequence[int]) -> str:
+    """``(C, H, W)`` in words, such as ``32x24``: width first."""
+    return f"{shape[2]}x{shape[1]}"
 
 
 def check_memory(root: Path, shape: tuple[int, ...]) -> None:
@@ -344,7 +349,7 @@ class ClassificationDataModule(LightningDataModule):
         if self.categories != self.val_categories:
             raise InputError(f"{self.root}: train and test have other classes; give both the same folders")
         if (shape := self.val_dataset.images.shape[1:]) != self.image_shape:
-            found, first = ("x".join(map(str, reversed(s[1:]))) for s in (shape, self.image_shape))
+            found, first = pixels(shape), pixels(self.image_shape)
             raise InputError(
                 f"{self.root}: the test images have {found} pixels, those of the training {first}; give a "
                 "data.size for all"

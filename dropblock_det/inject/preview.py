@@ -11,6 +11,7 @@ from dropblock_det.inject.backbones import walk
 from dropblock_det.inject.inject import install, p_of
 from dropblock_det.inject.layout import find_layouts
 from dropblock_det.inject.placement import At, find_sites
+from dropblock_det.inject.regularized import Use
 from dropblock_det.inject.shares import expected_share
 from dropblock_det.layers import DropBlock2d
 
@@ -56,7 +57,7 @@ def list_sites(
         for shape in shapes[name]:
             layouts[name].check_shape(name, shape)
         if factors[name] != 1:
-            regularizer.p = min(1.0, p_of(name, regularizer) * factors[name])
+            regularizer.p = Use(name, factors[name], layouts[name]).scaled(p_of(name, regularizer))
         shares = tuple(expected_share(regularizer, shape) for shape in shapes[name])
         p = getattr(regularizer, "p", None)
         sites.append(Site(name, _kind(model, name), p, tuple(shapes[name]), shares))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+DIVERGED = "the model has diverged; lower model.lr or take an earlier checkpoint"
+
 
 @dataclass
 class Step:

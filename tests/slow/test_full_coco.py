@@ -29,7 +29,7 @@ from pycocotools.cocoeval import COCOeval
 from support.coco_like import val2017_like
 from dropblock_det.datasets.annotations import coco_index
 from dropblock_det.tasks.detection.coco_eval import (
-    coco_evaluation, detections_to_coco, metrics_of, no_garbage_collection, outcomes_of
+    coco_evaluation, detections_to_coco, metrics_of, outcomes_of
 )
 
 annotations, detections, categories = val2017_like()

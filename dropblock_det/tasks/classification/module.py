@@ -12,7 +12,7 @@ from torchvision.io import encode_png
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 from dropblock_det.arguments import Share
-from dropblock_det.datasets.classification import Batch, ClassificationDataModule
+from dropblock_det.datasets.classification import Batch, ClassificationDataModule, pixels
 from dropblock_det.errors import InputError
 from dropblock_det.files import write_bytes
 from dropblock_det.tasks.breakdown import Breakdown
@@ -21,6 +21,7 @@ from dropblock_det.tasks.classification.metrics import HEADLINE, METRICS
 from dropblock_det.tasks.classification.models import SMALL_CNN, Stem, build_classifier
 from dropblock_det.tasks.evaluation import Evaluation, Mark, Outcomes, Sample
 from dropblock_det.tasks.module import TaskModule
+from dropblock_det.tasks.nonfinite import DIVERGED
 
 SAMPLES = 8
 Prediction = dict[str, int | float]
@@ -99,10 +100,7 @@ class ClassificationModule(TaskModule):
         logits = self(images).float()
         if not logits.isfinite().all():
             number = image_ids[int((~logits.isfinite()).any(1).nonzero()[0])]
-            raise InputError(
-                f"image {number}: the predictions are not finite, the model has diverged; lower model.lr or "
-                "take an earlier checkpoint"
-            )
+            raise InputError(f"image {number}: the predictions are not finite, {DIVERGED}")
         scores, predicted = logits.softmax(1).max(1)
         names = ("image_id", "label", "predicted", "score")
         columns = (image_ids, labels.tolist(), predicted.tolist(), scores.tolist())
@@ -155,8 +153,7 @@ class ClassificationModule(TaskModule):
 
 
 def _words(shape: torch.Size) -> str:
-    channels, height, width = shape
-    return f"{width}x{height} pixels with {channels} channel{'s' if channels > 1 else ''}"
+    return f"{pixels(shape)} pixels with {shape[0]} channel{'s' if shape[0] > 1 else ''}"
 
 
 def outcomes_of(predictions: list[Prediction], names: list[str]) -> Outcomes:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dropblock_det.datasets.annotations import coco_index
 from dropblock_det.errors import InputError
 from dropblock_det.tasks.evaluation import Outcomes
+from dropblock_det.tasks.nonfinite import DIVERGED
 
 COCO_METRICS = (
     "mAP",
@@ -58,10 +59,7 @@ def detections_to_coco(
     for image_id, detection in zip(image_ids, detections, strict=True):
         boxes, scores = detection["boxes"].cpu().double(), detection["scores"].cpu().double()
         if not (boxes.isfinite().all() and scores.isfinite().all()):
-            raise InputError(
-                f"image {image_id}: the detections are not finite, the model has diverged; lower model.lr or "
-                "take an earlier checkpoint"
-            )
+            raise InputError(f"image {image_id}: the detections are not finite, {DIVERGED}")
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
         for box, score, label in zip(
             boxes.tolist(), scores.tolist(), detection["labels"].tolist(), strict=True
